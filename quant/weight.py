@@ -1,0 +1,130 @@
+"""QuantizedWeight: a 4-bit weight as what it is, a handful of plain tensors and a few numbers.
+
+The bytes, for a weight of N output and K input features, row-major, G = blocksize:
+
+    element e = n * K + k          lies in byte e // 2: even e in the high nibble, odd e in the low one
+    its block  b = e // G          over the flat index, so blocks run across row ends when G does not divide K
+    value(e)   = code[nibble(e)] * scale(b)                                 fp32, then one rounding to `dtype`
+    scale(b)   = absmax[b]                                                  plain
+               = nested.code[absmax[b]] * nested.absmax[b // 256] + offset  nested: a product and a sum, both rounded
+
+An odd N * K leaves the last low nibble unused. This is the layout of bitsandbytes (QLoRA, arXiv 2305.14314, section 3),
+so its weights are read in place: see bitsandbytes.py beside this file.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+QUANT_TYPES = ("nf4", "fp4")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Format(NamedTuple):
+    """The numbers of a QuantizedWeight, without its tensors. Hashable; travels through torch.library as a string."""
+
+    quant_type: str
+    N: int
+    K: int
+    blocksize: int
+    dtype: torch.dtype
+    nested_blocksize: int  # 0: plain fp32 scales
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.quant_type},{self.N},{self.K},{self.blocksize},{name},{self.nested_blocksize}"
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> "Format":
+        quant_type, n, k, blocksize, dtype, nested = text.split(",")
+        return Format(quant_type, int(n), int(k), int(blocksize), getattr(torch, dtype), int(nested))
+
+
+@dataclass(frozen=True, eq=False)
+class NestedScales:
+    """Block scales that are themselves quantised to 8 bits ("double quantisation")."""
+
+    absmax: Tensor  # float32 [ceil(blocks / blocksize)]
+    code: Tensor  # float32 [256], ascending
+    offset: Tensor  # float32 [], the mean that was taken off before quantising
+    blocksize: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight [N, K] in 4 bits. No tensor subclass: functions take it apart, nothing is overloaded."""
+
+    data: Tensor  # uint8 [ceil(N * K / 2)]
+    absmax: Tensor  # float32 [blocks], or uint8 [blocks] when nested
+    code: Tensor  # float32 [16], by nibble
+    shape: tuple[int, int]  # (N, K)
+    blocksize: int  # G
+    quant_type: str  # "nf4" | "fp4"
+    dtype: torch.dtype  # what the weight was before, and what it is dequantised to unless another is asked for
+    nested: NestedScales | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def format(self) -> Format:
+        return Format(
+            self.quant_type, *self.shape, self.blocksize, self.dtype, self.nested.blocksize if self.nested else 0
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, scales included: 0.516 per weight for G = 64 nested, 0.5625 plain."""
+        return sum(t.nbytes for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """data, absmax, code and, when nested, the nested absmax, code and offset: the inverse of `from_tensors`."""
+        head = [self.data, self.absmax, self.code]
+        return [*head, self.nested.absmax, self.nested.code, self.nested.offset] if self.nested else head
+
+    @staticmethod
+    def from_tensors(tensors: list[Tensor], fmt: Format) -> "QuantizedWeight":
+        data, absmax, code, *rest = tensors
+        nested = NestedScales(*rest, fmt.nested_blocksize) if rest else None
+        return QuantizedWeight(data, absmax, code, (fmt.N, fmt.K), fmt.blocksize, fmt.quant_type, fmt.dtype, nested)
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        return QuantizedWeight.from_tensors([t.to(device) for t in self.tensors()], self.format)
+
+    def with_dtype(self, dtype: torch.dtype) -> "QuantizedWeight":
+        """The same bytes, to be dequantised to `dtype` by default."""
+        return dataclasses.replace(self, dtype=dtype)
+
+    def check(self) -> "QuantizedWeight":
+        """Raise ValueError where the tensors do not fit the numbers; return self. For weights from outside."""
+        n, k = self.shape
+        blocks = -(-n * k // self.blocksize)
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {self.quant_type!r}")
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
+        expected = [("data", self.data, torch.uint8, (n * k + 1) // 2), ("code", self.code, torch.float32, 16)]
+        if self.nested:
+            groups = -(-blocks // self.nested.blocksize)
+            expected += [("absmax", self.absmax, torch.uint8, blocks)]
+            expected += [("nested.absmax", self.nested.absmax, torch.float32, groups)]
+            expected += [("nested.code", self.nested.code, torch.float32, 256)]
+            expected += [("nested.offset", self.nested.offset, torch.float32, 1)]
+        else:
+            expected += [("absmax", self.absmax, torch.float32, blocks)]
+        for name, tensor, dtype, numel in expected:
+            if tensor.dtype != dtype or tensor.numel() != numel:
+                raise ValueError(
+                    f"{name} of a {n} x {k} weight in blocks of {self.blocksize} must be {numel} x {dtype}, "
+                    f"got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+        return self

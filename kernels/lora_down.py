@@ -1,0 +1,162 @@
+"""LoRA's down projection with dropout inside, and its backward.
+
+    forward    s[M, R]  = c * (mask * x)[M, K] @ A[R, K].T
+    backward   dA[R, K] = c * ds.T @ (mask * x)        dx[M, K] += c * mask * (ds @ A)
+
+The mask is a function of (key, row, column): it is made where it is used, in forward and again in backward, and never
+stored. A may be fp32 under a 16-bit x: its tiles are rounded in registers, so neither x nor A is copied. fp32
+accumulation, one rounding on store; dA is written in A's dtype. No atomics: where M is split among programs, their
+partial dA's are summed in a second stage, in fixed order. The same in plain torch: reference.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dropout
+from .tiles import dropout_mask, input_precision, rank_block
+
+MAX_RANK = 256  # one program holds its tiles whole along R; above, their accumulators no longer fit the registers
+PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
+# so that the order of the sums, and with it every bit of the result, is the same on all of them
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lora_down_fwd_kernel(
+    x_ptr, a_ptr, s_ptr, key_ptr,
+    M, K, R, threshold, c,
+    stride_x_m, stride_a_r,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    r = tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+        x = tl.load(x_ptr + m * stride_x_m + k, mask=(m < M) & (k < K), other=0.0)
+        if DROPOUT:
+            pairs = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            x = tl.where(dropout_mask(key_ptr, m, pairs, (K + 1) // 2, threshold), x, 0.0)
+        a = tl.load(a_ptr + r * stride_a_r + k, mask=(r < R) & (k < K), other=0.0).to(x.dtype)
+        acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc *= tl.cast(c, tl.float32)
+    columns = tl.arange(0, BLOCK_R)[None, :]
+    tl.store(s_ptr + m * R + columns, acc, mask=(m < M) & (columns < R))
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def _lora_down_bwd_kernel(
+    ds_ptr, x_ptr, a_ptr, dx_ptr, da_ptr, key_ptr,
+    M, K, R, rows_per_split, threshold, c,
+    stride_x_m, stride_a_r, stride_dx_m,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NEEDS_DA: tl.constexpr, NEEDS_DX: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K columns, rows_per_split rows. dA goes to da_ptr[split, R, K]."""
+    k0 = tl.program_id(0) * BLOCK_K
+    split = tl.program_id(1).to(tl.int64)
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
+    r = tl.arange(0, BLOCK_R)
+    scale = tl.cast(c, tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    if NEEDS_DX:
+        a = tl.load(a_ptr + r[:, None] * stride_a_r + k, mask=(r[:, None] < R) & (k < K), other=0.0)
+        a = a.to(ds_ptr.dtype.element_ty)
+    start = split * rows_per_split
+    for m0 in range(start, tl.minimum(start + rows_per_split, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+        inside = (m < M) & (k < K)
+        ds = tl.load(ds_ptr + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
+        if DROPOUT:
+            pairs = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+            keep = dropout_mask(key_ptr, m, pairs, (K + 1) // 2, threshold)
+        if NEEDS_DA:
+            x = tl.load(x_ptr + m * stride_x_m + k, mask=inside, other=0.0)
+            if DROPOUT:
+                x = tl.where(keep, x, 0.0)
+            acc = tl.dot(tl.trans(ds), x, acc, input_precision=PRECISION)
+        if NEEDS_DX:
+            part = tl.dot(ds, a, input_precision=PRECISION)
+            if DROPOUT:
+                part = tl.where(keep, part * scale, 0.0)
+            dx = tl.load(dx_ptr + m * stride_dx_m + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + m * stride_dx_m + k, dx + part, mask=inside)
+    if NEEDS_DA:
+        rows = r[:, None]
+        tl.store(da_ptr + (split * R + rows) * K + k, acc * scale, mask=(rows < R) & (k < K))
+
+
+def forward_config(R: int, itemsize: int) -> dict:
+    """Tile sizes by rank and bytes per element of x. Untuned: nothing here has run on a GPU yet (bench/results)."""
+    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and R <= 64 else 64, BLOCK_R=rank_block(R), num_warps=4)
+
+
+def backward_config(R: int, itemsize: int) -> dict:
+    block_r = rank_block(R)
+    block_k = 64 if block_r <= 64 else 32
+    return dict(BLOCK_M=64 if block_r <= 64 and itemsize == 2 else 32, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4)
+
+
+def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
+    """s [M, R] in x's dtype from x [M, K] and A [R, K]; `key` int32 [2] where p > 0."""
+    x, A = _rows(x), _rows(A)
+    (M, K), R = x.shape, A.shape[0]
+    s = x.new_empty(M, R)
+    if M:
+        config = forward_config(R, x.element_size())
+        _lora_down_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+            x, A, s, key, M, K, R, dropout.threshold(p), dropout.correction(p), x.stride(0), A.stride(0),
+            DROPOUT=p > 0, PRECISION=input_precision(), enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    return s
+
+
+def lora_down_backward(
+    ds: Tensor,
+    x: Tensor,
+    A: Tensor,
+    p: float = 0.0,
+    key: Tensor | None = None,
+    dx: Tensor | None = None,
+    needs_dA: bool = True,
+) -> Tensor | None:
+    """dA [R, K] in A's dtype, None where it is not needed; adds LoRA's part to dx [M, K] in place where one is given."""
+    x, A, ds = _rows(x), _rows(A), ds.contiguous()
+    (M, K), R = x.shape, A.shape[0]
+    if M == 0:
+        return torch.zeros_like(A) if needs_dA else None
+    config = backward_config(R, x.element_size())
+    columns = triton.cdiv(K, config["BLOCK_K"])
+    steps = triton.cdiv(M, config["BLOCK_M"])
+    splits = min(steps, triton.cdiv(PROGRAMS, columns))
+    rows = triton.cdiv(steps, splits) * config["BLOCK_M"]
+    splits = triton.cdiv(M, rows)
+    partial = torch.empty((splits, R, K), dtype=A.dtype if splits == 1 else torch.float32, device=x.device)
+    if needs_dA or dx is not None:
+        _lora_down_bwd_kernel[(columns, splits)](
+            ds, x, A, x if dx is None else dx, partial, key,
+            M, K, R, rows, dropout.threshold(p), dropout.correction(p),
+            x.stride(0), A.stride(0), 0 if dx is None else dx.stride(0),
+            NEEDS_DA=needs_dA, NEEDS_DX=dx is not None, DROPOUT=p > 0, PRECISION=input_precision(),
+            enable_fp_fusion=True, **config,
+        )  # fmt: skip
+    if not needs_dA:
+        return None
+    return partial[0] if splits == 1 else partial.sum(0).to(A.dtype)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The matrix itself where its rows are dense, however far apart; else a copy."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def why_not(dtype: torch.dtype, R: int) -> str | None:
+    """The reason these kernels cannot take x of this dtype with this rank, or None where they can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {dtype}, the kernels take float32, float16 and bfloat16"
+    if R > MAX_RANK:
+        return f"rank {R} is above {MAX_RANK}"
+    return None

@@ -1,0 +1,89 @@
+"""Every op in plain torch: the specification, the path without Triton, and the oracle of the tests.
+
+Axes: M tokens, K in features, N out features, R rank. x is [M, K], W is [N, K], A is [R, K], B is [N, R].
+
+    s  = c * (mask * x) @ A.T                                lora_down            c = 1 / (1 - p)
+    y += bias + scale * s @ B.T                              lora_up_add_
+    ds = scale * dy @ B        dB = scale * dy.T @ s         lora_up_backward
+    dA = c * ds.T @ (mask * x) dx += c * mask * (ds @ A)     lora_down_backward
+
+Products are taken in x's dtype, so fp32 A and B under a 16-bit x are rounded as autocast would round them, and x is
+never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this file is the truth that tests compare to.
+It imports torch only.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant.blockwise import dequantize
+from ..quant.weight import QuantizedWeight
+from . import dropout
+
+__all__ = ["dequantize", "lora_down", "lora_down_backward", "lora_linear", "lora_up_add_", "lora_up_backward"]
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor * a @ b with one rounding: the factor is applied to the accumulator."""
+    return a @ b if factor == 1.0 else torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
+
+
+def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
+    """s [M, R] in x's dtype: dropout with probability p and the mask of `key`, times A."""
+    A = A.to(x.dtype)
+    if p == 0.0:
+        return x @ A.t()
+    assert key is not None
+    return _product(x * dropout.mask(key, *x.shape, p), A.t(), dropout.correction(p))
+
+
+def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
+    """y [M, N] += bias + scale * s @ B.T, in place."""
+    y.addmm_(s, B.to(s.dtype).t(), alpha=scale)
+    if bias is not None:
+        y += bias
+
+
+def lora_up_backward(
+    dy: Tensor, s: Tensor, B: Tensor, scale: float, needs_ds: bool = True, needs_dB: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds [M, R] in dy's dtype and dB [N, R] in B's, each None where it is not needed."""
+    ds = _product(dy, B.to(dy.dtype), scale) if needs_ds else None
+    dB = _product(dy.t(), s, scale).to(B.dtype) if needs_dB else None
+    return ds, dB
+
+
+def lora_down_backward(
+    ds: Tensor,
+    x: Tensor,
+    A: Tensor,
+    p: float = 0.0,
+    key: Tensor | None = None,
+    dx: Tensor | None = None,
+    needs_dA: bool = True,
+) -> Tensor | None:
+    """dA [R, K] in A's dtype, None where it is not needed; adds LoRA's part to dx [M, K] in place where one is given."""
+    if p == 0.0:
+        if dx is not None:
+            dx.addmm_(ds, A.to(ds.dtype))
+        return (ds.t() @ x).to(A.dtype) if needs_dA else None
+    assert key is not None
+    mask, c = dropout.mask(key, *x.shape, p), dropout.correction(p)
+    if dx is not None:
+        dx += _product(ds, A.to(ds.dtype), c).mul_(mask)
+    return _product(ds.t(), x * mask, c).to(A.dtype) if needs_dA else None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """y [M, N] = x @ W.T + bias + scale * lora_down(x, A, p, key) @ B.T, under torch's own autograd: the truth."""
+    W = dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight
+    return F.linear(x, W, bias) + scale * lora_down(x, A, p, key) @ B.to(x.dtype).t()

@@ -1,0 +1,32 @@
+"""What two or more kernels share: device functions, tile sizes, the rule for fp32 products."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dropout_mask(key_ptr, rows, pairs, PAIRS, threshold):
+    """int1 [BLOCK_M, 2 * BLOCK_PAIRS], True where kept: the twin of dropout.mask, which explains it.
+
+    rows: int64 [BLOCK_M, 1]; pairs: int32 [1, BLOCK_PAIRS], column // 2; PAIRS: ceil(K / 2).
+    """
+    first = rows * PAIRS
+    key0 = tl.load(key_ptr).to(tl.uint32, bitcast=True) + (first >> 32).to(tl.uint32) * 0x85EBCA6B
+    key1 = tl.load(key_ptr + 1).to(tl.uint32, bitcast=True)
+    x = (first.to(tl.uint32) + pairs.to(tl.uint32)) * 0x9E3779B1 + key0
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ key1
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = x ^ (x >> 16)
+    return tl.interleave((x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)) >= threshold
+
+
+def input_precision() -> str:
+    """How tl.dot multiplies fp32: "tf32" where the user allows it to torch's own matmul, else "ieee"."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def rank_block(R: int) -> int:
+    """The tile along R: a power of two, and at least the 16 that tl.dot needs."""
+    return max(16, triton.next_power_of_2(R))

@@ -1,0 +1,26 @@
+"""peft_fast: the PeftModel API of Hugging Face PEFT on fused Triton kernels."""
+
+from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .config import PeftConfig, get_peft_config
+from .kbit import prepare_model_for_kbit_training
+from .mapping import get_peft_model
+from .model import PeftModel
+from .peft_types import PeftType, TaskType
+from .tasks import PeftModelForCausalLM
+from .tuners import LoraConfig, LoraModel
+
+__all__ = [
+    "LoraConfig",
+    "LoraModel",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftType",
+    "TaskType",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,232 @@
+"""Adapters as state dicts and as files: adapter_model.safetensors with peft's keys.
+
+A key in a file is the parameter's name without the adapter's: `base_model.model.<path>.lora_A.weight`. The tuner gives
+one map {key in the file: name in the model}; saving reads it one way and loading the other, so that they cannot differ.
+Loading first looks at every key and shape and only then writes: a bad file leaves the model as it was.
+"""
+
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .files import locate
+from .tuners.base import BaseTuner
+from .tuners.layer import BaseTunerLayer
+from .tuners.modules_to_save import ModulesToSaveWrapper
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."  # of every key in a file: where a PeftModel has the user's model
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+
+
+class LoadResult(NamedTuple):
+    missing_keys: list[str]  # weights of the adapter that the file does not have: they stay as initialised
+    unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
+
+
+class LoadPlan(NamedTuple):
+    """What a state dict would do to an adapter, looked at before anything is done."""
+
+    values: dict[str, Tensor]  # by name in the model
+    result: LoadResult
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors as a file holds them. `model` is a PeftModel, out of any DDP or FSDP wrapper.
+
+    `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
+    `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
+    vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    keys = {PREFIX + key: PREFIX + name for key, name in model.base_model.state_keys(adapter_name).items()}
+    keys |= {key: key for key in _embeddings_to_save(model, adapter_name, save_embedding_layers)}
+    tensors = _tensors(model) if state_dict is None else state_dict
+    absent = [name for name in keys.values() if name not in tensors]
+    if absent:
+        raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
+    return {key: tensors[name] for key, name in keys.items()}
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Load an adapter's tensors into `model`, a PeftModel that has an adapter of that name.
+
+    Weights on the meta device are replaced (`low_cpu_mem_usage` says that there are such), others written to.
+    Raises ValueError, before anything is written, where the tensors are another model's or another rank's.
+    """
+    plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+    apply_load(model, plan, adapter_name)
+    return plan.result
+
+
+def plan_load(
+    model: Any, state_dict: Mapping[str, Any], adapter_name: str, ignore_mismatched_sizes: bool = False
+) -> LoadPlan:
+    keys = {PREFIX + key: PREFIX + name for key, name in model.base_model.state_keys(adapter_name).items()}
+    expected = len(keys)
+    keys |= {key: key for key in _embedding_keys(model) if key in state_dict}
+    values = {keys[key]: value for key, value in state_dict.items() if key in keys}
+    result = LoadResult([key for key in keys if key not in state_dict], [key for key in state_dict if key not in keys])
+    if expected and len(result.missing_keys) == expected:
+        raise ValueError(
+            f"the file is no adapter for this model: none of its {len(state_dict)} tensors, such as "
+            f"{_some(result.unexpected_keys)}, is one of the adapter's, such as {_some(result.missing_keys)}"
+        )
+    own = _tensors(model)
+    wrong = [name for name, value in values.items() if not _fits(value, own[name])]
+    if wrong and not ignore_mismatched_sizes:
+        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
+        raise ValueError(
+            f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another rank, or "
+            "on another base model? See r and target_modules in its adapter_config.json"
+        )
+    if wrong:
+        warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
+    values = {name: value for name, value in values.items() if name not in wrong}
+    empty = [name for name in keys.values() if own[name].is_meta and name not in values]
+    if empty:
+        raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
+    return LoadPlan(values, result)
+
+
+@torch.no_grad()
+def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
+    own = _tensors(model)
+    for name, value in plan.values.items():
+        if not own[name].is_meta:
+            own[name].copy_(value)
+            continue
+        path, _, attribute = name.rpartition(".")
+        loaded = nn.Parameter(value.to(own[name].dtype), requires_grad=own[name].requires_grad)
+        setattr(model.get_submodule(path), attribute, loaded)
+    for _, layer in model.base_model.layers():
+        layer.place_adapter(adapter_name, keep_dtype=True)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | torch.device | None = None, **hub_arguments: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file (safetensors, or an old .bin without code in it) on `device`, default the CPU.
+
+    `hub_arguments` (revision, token, subfolder, ...) go to hf_hub_download. Raises ValueError for a broken file.
+    """
+    place = str(device or "cpu")
+    path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, **hub_arguments)
+    try:
+        if path:
+            return load_file(path, device=place)
+        path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
+        if path:
+            return torch.load(path, map_location=place, weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+    raise ValueError(f"Can't find {SAFETENSORS_WEIGHTS_NAME!r} or {WEIGHTS_NAME!r} at {str(model_id)!r}")
+
+
+def ready_to_save(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory: what safetensors asks for."""
+    seen: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        tensor = tensor.detach().contiguous()
+        ready[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(ready[key].untyped_storage().data_ptr())
+    return ready
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name. Not state_dict(), which has bitsandbytes rewrite its weights on some CPUs."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _fits(value: Any, own: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        return False
+    return value.is_floating_point() == own.is_floating_point()
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---- embeddings of the base model, which an adapter's file may hold --------------------------------------------------
+
+
+def _embedding_keys(model: Any, only_adapted: bool = False) -> list[str]:
+    """The keys of the base model's input and output embeddings in a file."""
+    keys: list[str] = []
+    tuner: BaseTuner = model.base_model
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(tuner.model, getter)() if hasattr(tuner.model, getter) else None
+        path = next((path for path, module in tuner.model.named_modules() if module is layer), None)
+        if layer is None or path is None or isinstance(layer, ModulesToSaveWrapper):
+            continue
+        adapted = isinstance(layer, BaseTunerLayer)
+        if adapted or not only_adapted:
+            path = f"{path}.base_layer" if adapted else path
+            keys += [f"{PREFIX}{path}.{name}" for name, _ in tuner.model.get_submodule(path).named_parameters()]
+    return keys
+
+
+def _embeddings_to_save(model: Any, adapter_name: str, choice: bool | str) -> list[str]:
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {choice!r}")
+    if choice is False:
+        return []
+    adapted = any(
+        path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
+        for path, layer in model.base_model.layers()
+    )
+    if adapted:
+        if choice == "auto":
+            warnings.warn("an embedding layer is adapted: its base weight is saved with the adapter", stacklevel=4)
+        return _embedding_keys(model, only_adapted=True)
+    if choice == "auto" and not _vocabulary_was_resized(model, adapter_name):
+        return []
+    if choice == "auto":
+        warnings.warn("the vocabulary was resized: the embeddings are saved with the adapter", stacklevel=4)
+    return _embedding_keys(model)
+
+
+def _vocabulary_was_resized(model: Any, adapter_name: str) -> bool:
+    """Against the base model's own config file, where it is at hand: nothing is downloaded for this."""
+    name = model.peft_config[adapter_name].base_model_name_or_path
+    now = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not name or now is None:
+        return False
+    path: Any = Path(name, "config.json")
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:  # a path that is gone, no Hub id
+            return False
+    return isinstance(path, (str, Path)) and json.loads(Path(path).read_text()).get("vocab_size", now) != now

@@ -1,0 +1,157 @@
+"""PeftConfig: what an adapter is, and the file adapter_config.json that says so.
+
+The file is peft 0.21.2's, key by key: peft reads ours and we read peft's. Reading is strict, because a model whose
+option was quietly dropped quietly differs: an unknown key is an error, unless a newer peft wrote the file, when a
+warning names it. A key that is switched off (None, False, 0, empty) changes nothing and passes.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from .files import locate, write_together
+from .peft_types import PeftType, TaskType
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # the version of peft whose files we read and write
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter has. The methods' own configs (LoraConfig, ...) add their options.
+
+    `revision` is the base model's. `inference_mode` freezes the adapter; it is true in every saved file.
+    Raises ValueError for a task type that does not exist, TypeError for an option that does not exist.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, str] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __new__(cls, *args: Any, **options: Any):
+        # The dataclass's own TypeError would not say which options there are.
+        unknown = options.keys() - cls.option_names()
+        if unknown:
+            raise TypeError(_unknown_options(cls, unknown))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            names = [task.value for task in TaskType]
+            if self.task_type not in names:
+                raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
+            self.task_type = TaskType(self.task_type)
+        self.peft_version = self.peft_version or PEFT_VERSION
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return {field.name for field in fields(cls)}
+
+    def check(self) -> None:
+        """Raise for options that contradict each other or that are not built. The methods' configs have such."""
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, **changes: Any) -> str:
+        """The text of adapter_config.json: keys sorted, sets as sorted lists. `changes` replace options."""
+        values = {**self.to_dict(), **changes}
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, auto_mapping_dict: dict[str, str] | None = None
+    ) -> None:
+        """Write adapter_config.json into `save_directory`, which is made if need be. Raises ValueError for a file."""
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"save_directory must be a directory, got the file {directory}")
+        directory.mkdir(parents=True, exist_ok=True)
+        text = self.to_json(**({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {}))
+        write_together({directory / CONFIG_NAME: lambda path: path.write_text(text)})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub_arguments: Any
+    ) -> "PeftConfig":
+        """The config in a directory or a Hub repository, of the class that its peft_type names.
+
+        `hub_arguments` (revision, token, cache_dir, ...) go to hf_hub_download. Raises ValueError where there is no
+        config, where it is no valid JSON object, or where it asks for what is not built; TypeError for unknown keys.
+        """
+        path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_arguments)
+        if path is None:
+            folder = f", folder {subfolder!r}" if subfolder else ""
+            raise ValueError(f"Can't find {CONFIG_NAME!r} at {str(pretrained_model_name_or_path)!r}{folder}")
+        values = cls.from_json_file(path)
+        if "peft_type" not in values:
+            raise ValueError(f"{path} has no key 'peft_type': it is no adapter config")
+        return cls.from_peft_type(**values)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The keys and values of a config file. Raises ValueError where it holds no JSON object."""
+        try:
+            values = json.loads(Path(path_json_file).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path_json_file} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path_json_file} must hold a JSON object, got a {type(values).__name__}")
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **options: Any) -> "PeftConfig":
+        """A config of the class that `peft_type` names, or of this class without one."""
+        from .tuners import config_class  # the table has the subclasses of this class
+
+        config_type = config_class(options["peft_type"]) if options.get("peft_type") else cls
+        unknown = options.keys() - config_type.option_names()
+        in_use = {key for key in unknown if options[key]}
+        if in_use:
+            if not _is_newer(options.get("peft_version")):
+                raise TypeError(_unknown_options(config_type, in_use))
+            warnings.warn(
+                f"the config was written by peft {options['peft_version']} with options that {config_type.__name__} "
+                f"does not know; they are left out, and the adapter may behave differently: {sorted(in_use)}",
+                stacklevel=2,
+            )
+        return config_type(**{key: value for key, value in options.items() if key not in unknown})
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dict with `peft_type` and the method's options describes."""
+    if "peft_type" not in config_dict:
+        raise ValueError(f"the dict must have a key 'peft_type', got the keys {sorted(config_dict)}")
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+def _unknown_options(config_type: type[PeftConfig], unknown: Iterable[str]) -> str:
+    known = sorted(config_type.option_names())
+    parts = []
+    for name in sorted(unknown):
+        close = get_close_matches(name, known, n=2)
+        parts.append(f"{name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""))
+    return f"unknown config key for {config_type.__name__}: {', '.join(parts)}. Its options are {', '.join(known)}"
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a file says that a newer peft than the one we follow wrote it ("0.21.3.dev0@hash" counts)."""
+    try:
+        return Version(str(version).split("@")[0]) > Version(PEFT_VERSION)
+    except InvalidVersion:
+        return False

@@ -1,0 +1,67 @@
+"""From a config to a model: which class a task asks for, and get_peft_model."""
+
+import warnings
+
+from torch import nn
+
+from .config import PeftConfig
+from .model import PeftModel
+from .peft_types import TaskType
+from .tasks import PeftModelForCausalLM
+from .tuners.layer import AdapterHolder
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+}
+
+
+def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
+    """The class for a task; `default` without one."""
+    if task_type is None:
+        return default
+    if task_type in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
+    built = ", ".join(task.value for task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+    raise NotImplementedError(
+        f"task_type {TaskType(task_type).value} is not built in peft_fast yet: there is {built}, and None, with which "
+        "the model's own forward is called"
+    )
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """`model` with a new adapter in it, ready to train. `model` itself is changed; `unload()` takes everything out.
+
+    `revision`: of the base model, kept in the config. See PeftModel for the other arguments and for what is raised.
+    """
+    if mixed:
+        raise NotImplementedError("mixed=True, adapters of several types on one model, is not built yet: leave it out")
+    wrapper = model_class(peft_config.task_type)
+    if any(isinstance(module, AdapterHolder) for module in model.modules()):
+        warnings.warn(
+            "the model has adapters already: to add one call add_adapter, to start anew call unload() first",
+            stacklevel=2,
+        )
+    wrapped = wrapper(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    _note_base_model(peft_config, model, revision)
+    return wrapped
+
+
+def _note_base_model(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
+    old, new = config.base_model_name_or_path, getattr(model, "name_or_path", None) or None
+    if old is not None and old != new:
+        warnings.warn(
+            f"base_model_name_or_path was {old!r} in the config and is now the model's, {new!r}", stacklevel=3
+        )
+    config.base_model_name_or_path = new
+    if revision is not None:
+        if config.revision not in (None, revision):
+            warnings.warn(f"revision was {config.revision!r} in the config and is now {revision!r}", stacklevel=3)
+        config.revision = revision

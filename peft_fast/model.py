@@ -1,0 +1,337 @@
+"""PeftModel: a base model with adapters, and the life of these adapters.
+
+The work is done by the method's tuner (`base_model`, see tuners/base.py), which has the user's model as `.model`. This
+class adds names, files and the face that the rest of the ecosystem knows. Attributes that it lacks are the model's.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import PushToHubMixin
+
+from . import model_card
+from .checkpoint import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    LoadResult,
+    apply_load,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    plan_load,
+    ready_to_save,
+)
+from .config import CONFIG_NAME, PeftConfig
+from .files import write_together
+from .transaction import unchanged_on_error
+from .tuners import tuner_class
+from .tuners.base import BaseTuner
+from .tuners.base_weight import quantized_weight, storage
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
+
+    `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
+    weights are made on the meta device, for a file to be loaded over them; not for training a new adapter.
+    Raises ValueError or NotImplementedError for what cannot be done; `model` is then unchanged.
+    """
+
+    _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
+    base_model: BaseTuner
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        tuner = tuner_class(peft_config.peft_type)
+        self.base_model = tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        self.peft_type = peft_config.peft_type
+        self._adapters_disabled = False
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            # Reentrant checkpointing passes gradients on only if its inputs want them; frozen embeddings do not.
+            model.enable_input_require_grads()  # type: ignore[operator]
+
+    # ---- which adapters there are --------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name; a list unless it is exactly one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        if not self.active_adapters:
+            raise ValueError("no adapter is active: every one was deleted")
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
+        return names or None
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with our layers in it."""
+        return self.base_model.model
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                f"the adapters of one model must be of one type: it has {self.peft_type}, got {peft_config.peft_type}"
+            )
+        self.base_model.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Activate one adapter and train it, unless `inference_mode`. For several: `model.base_model.set_adapter`."""
+        if not isinstance(adapter_name, str):
+            raise TypeError(f"one name is needed, got {adapter_name!r}; model.base_model.set_adapter takes several")
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the base model."""
+        was_disabled = self._adapters_disabled
+        self.base_model.disable_adapter_layers()
+        self._adapters_disabled = True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = was_disabled
+            if not was_disabled:
+                self.base_model.enable_adapter_layers()
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_mixed_batch(kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_mixed_batch(kwargs)
+        model: Any = self.get_base_model()
+        if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
+            model.generation_config = self.generation_config
+        return model.generate(*args, **kwargs)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters. A k-bit weight counts its elements, not its bytes."""
+        numbers = {id(parameter): parameter.numel() for parameter in self.parameters()}
+        for module in self.modules():
+            weight = quantized_weight(module)
+            if weight is not None:
+                numbers[id(module if (own := storage(module)) is None else own)] = weight.shape[0] * weight.shape[1]
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return trainable, sum(numbers.values())
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
+
+        Writes adapter_model.safetensors (.bin without `safe_serialization`), adapter_config.json and README.md, all of
+        them or none: files that were there survive a failure. `state_dict`: tensors gathered from shards.
+        Processes other than the main one write nothing. `max_shard_size` comes from push_to_hub; adapters are one file.
+        """
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise ValueError(f"save_directory must be a directory, got the file {directory}")
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion needs PiSSA or OLoRA, not built yet")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
+        for name in names:
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            if is_main_process:
+                self._write_adapter(
+                    directory if name == "default" else directory / name, name, tensors, safe_serialization
+                )
+
+    def _write_adapter(self, directory: Path, name: str, tensors: dict[str, Tensor], safe: bool) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.peft_config[name]
+        tensors = ready_to_save(tensors)
+        text = config.to_json(inference_mode=True, **self._auto_mapping(config))
+        card = self._model_card(directory, config)
+
+        def write_tensors(path: Path) -> None:
+            save_file(tensors, path, metadata={"format": "pt"}) if safe else torch.save(tensors, path)
+
+        write_together(
+            {
+                directory / (SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME): write_tensors,
+                directory / CONFIG_NAME: lambda path: path.write_text(text),
+                directory / model_card.NAME: lambda path: path.write_text(card),
+            }
+        )
+
+    def _auto_mapping(self, config: PeftConfig) -> dict[str, Any]:
+        """How to find the base model's class again, for models without a task type."""
+        if config.task_type is not None:
+            return {}
+        base = type(self.get_base_model())
+        return {"auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__}}
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write README.md, keeping the text of one that is there."""
+        directory = Path(output_dir)
+        card = self._model_card(directory, self.active_peft_config)
+        write_together({directory / model_card.NAME: lambda path: path.write_text(card)})
+
+    def _model_card(self, directory: Path, config: PeftConfig) -> str:
+        quantized = getattr(getattr(self, "config", None), "quantization_config", None)
+        return model_card.model_card(directory, config, quantized)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        torch_device: str | torch.device | None = None,
+        **hub_arguments: Any,
+    ) -> "PeftModel":
+        """`model` with a trained adapter, of the class that the config's task type asks for.
+
+        `model_id`: a directory or a Hub id. `config`: used in place of the file's. `torch_device`: where the file is
+        read to; the weights end up where the base weights are. `hub_arguments`: revision, token, subfolder, ...
+        The adapter is frozen, and the model in eval mode, unless `is_trainable`.
+        Raises ValueError for files that are damaged or another model's; `model` is then unchanged.
+        """
+        from .mapping import model_class  # the table has the subclasses of this class
+
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub_arguments)
+        elif not isinstance(config, PeftConfig):
+            raise TypeError(f"config must be a PeftConfig, got {type(config).__name__}")
+        config.inference_mode = not is_trainable
+        with unchanged_on_error(model):
+            wrapper = model_class(config.task_type, default=cls)(
+                model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+            )
+            result = wrapper.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable,
+                torch_device,
+                autocast_adapter_dtype,
+                ephemeral_gpu_offload,
+                low_cpu_mem_usage,
+                **hub_arguments,
+            )
+        if result.missing_keys:
+            warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
+        return wrapper
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **hub_arguments: Any,
+    ) -> LoadResult:
+        """Load a trained adapter: a new one, not active yet, or the weights of one that is there already.
+
+        Raises ValueError for files that are damaged, of another rank, or that hold tensors the model has no place for.
+        Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
+        """
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
+        new = adapter_name not in self.peft_config
+        config = PeftConfig.from_pretrained(model_id, **hub_arguments) if new else None
+        tensors = load_peft_weights(model_id, torch_device, **hub_arguments)
+        with unchanged_on_error(self):
+            if config is not None:
+                config.inference_mode = not is_trainable
+                self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                self.set_requires_grad(adapter_name, is_trainable)
+            plan = plan_load(self, tensors, adapter_name, ignore_mismatched_sizes)
+            if plan.result.unexpected_keys:
+                raise ValueError(
+                    f"the adapter at {str(model_id)!r} has weights for layers that this model or its config does not "
+                    f"adapt: {plan.result.unexpected_keys[:3]} and others, {len(plan.result.unexpected_keys)} in all. "
+                    "Was it trained on another base model?"
+                )
+            apply_load(self, plan, adapter_name)
+        if not is_trainable:
+            self.eval()
+        return plan.result
+
+    # ---- being taken for the base model --------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
+                raise
+            return getattr(self.base_model, name)
+
+
+def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise NotImplementedError(
+            "adapter_names (several adapters in one batch) is not built yet: run a batch per adapter, with set_adapter"
+        )

@@ -1,0 +1,323 @@
+"""BaseTuner: adapters of one method in one model. The mechanism that all methods share.
+
+A method is a config class, its layer classes, and a subclass of BaseTuner that says
+
+    prefix, layer_class, target_module_mapping      what its parameters are called, its layers, what it adapts unasked
+    adapt(target, path, adapter_name, config)       the layer that takes the place of `target`
+
+and gets from here: which modules are meant, putting layers in and taking them out, what is trainable, activation,
+merging, and the keys of its files. Everything that changes the structure of the model happens completely or not at all.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_fast.config import PeftConfig
+from peft_fast.transaction import unchanged_on_error
+
+from .layer import AdapterHolder, BaseTunerLayer
+from .matching import ALL_LINEAR, all_linear, find_targets
+from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
+
+Holder = TypeVar("Holder", bound=AdapterHolder)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class BaseTuner(nn.Module):
+    """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
+
+    prefix: str
+    layer_class: type[BaseTunerLayer]
+    target_module_mapping: Mapping[str, list[str] | str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = [adapter_name]
+        self.targeted_module_names: list[str] = []
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
+        """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
+        raise NotImplementedError
+
+    # ---- adding and removing adapters ----------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Put a new adapter into the model; it is active and trainable if it is the first, and else neither.
+
+        `autocast_adapter_dtype`: weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: weights are
+        made on the meta device, for a file to be loaded over them.
+        Raises ValueError (no such target, a kind of layer that cannot be adapted, ...) with model and config unchanged.
+        """
+        check_adapter_name(adapter_name, self.peft_config)
+        config.check()
+        self._check_biases(config)
+        resolved = self._resolved_targets(config)
+        paths = find_targets(self.model, config, resolved)
+        saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
+        first = not self.peft_config
+        kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
+        with unchanged_on_error(self.model), torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            for path in paths:
+                target = self.model.get_submodule(path)
+                self._replace(path, self.adapt(target, path, adapter_name, config))
+            for path in saved:
+                self._wrap(path, adapter_name)
+            self._set_active(self.active_adapters, config.inference_mode)
+        if autocast_adapter_dtype:
+            self._cast_to_float32(adapter_name)
+        if first:
+            self._freeze_base(config)
+        for parameter, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
+        config.target_modules = resolved
+        self.peft_config[adapter_name] = config
+        self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. Was it the only active one, the first that is left takes its place, with a warning."""
+        self._check_known([adapter_name])
+        for path, layer in self.layers():
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(f"adapter {adapter_name!r} is merged into {path}: call unmerge_adapter first")
+        for _, holder in self.holders():
+            holder.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        if adapter_name not in self.active_adapters:
+            return
+        left = [name for name in self.active_adapters if name != adapter_name]
+        if not left and self.peft_config:
+            left = [next(iter(self.peft_config))]
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted: {left[0]!r} is active now", stacklevel=3)
+        self.active_adapters = left
+        self._set_active(left, inference_mode=False)
+
+    def _resolved_targets(self, config: Any) -> set[str] | str:
+        targets = config.target_modules
+        if targets is None:
+            model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+            targets = self.target_module_mapping.get(model_type)
+            if targets is None:
+                raise ValueError(
+                    f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
+                    f"{ALL_LINEAR!r} takes every linear layer but the output"
+                )
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            return all_linear(self.model)
+        return targets if isinstance(targets, str) else set(targets)
+
+    def _check_biases(self, config: Any) -> None:
+        trained = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if trained and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"adapter {trained[0]!r} trains biases of the base model already, and they exist once: use bias='none'"
+            )
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    def _wrap(self, path: str, adapter_name: str) -> None:
+        module = self.model.get_submodule(path)
+        wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+        wrapper.add_adapter(adapter_name)
+        if wrapper is not module:
+            self._replace(path, wrapper)
+
+    def _cast_to_float32(self, adapter_name: str) -> None:
+        for _, layer in self.layers():
+            for parameter in layer.adapter_parameters(adapter_name):
+                if parameter.dtype in HALF_DTYPES:
+                    parameter.data = parameter.data.float()
+
+    # ---- what is trainable, what is active -----------------------------------------------------------------------
+
+    def _freeze_base(self, config: Any) -> None:
+        """Train the adapters only, and the biases that the config asks for."""
+        ours: set[int] = set()
+        for _, holder in self.holders():
+            for name in holder.available_adapters():
+                ours.update(id(parameter) for parameter in holder.adapter_parameters(name))
+        for parameter in self.model.parameters():
+            if id(parameter) not in ours:
+                parameter.requires_grad_(False)
+        if not config.inference_mode:
+            parameters = dict(self.model.named_parameters())
+            for key in self.bias_keys(config):
+                parameters[key].requires_grad_(True)
+
+    def bias_keys(self, config: Any) -> list[str]:
+        """The names of the base model's biases that an adapter with this config trains, and so saves."""
+        bias = getattr(config, "bias", "none")
+        if bias == "none":
+            return []
+        names = [name for name, _ in self.model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        inside = tuple(f"{path}.{attribute}." for path, h in self.holders() for attribute in h.adapter_layer_names)
+        names = [name for name in names if not name.startswith(inside)]
+        if bias == "all":
+            return names
+        adapted = {f"{path}.base_layer.bias" for path, _ in self.layers()}
+        return [name for name in names if name in adapted]
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter or several active (their outputs add up), trainable unless `inference_mode`.
+
+        Merged adapters are unmerged first, with a warning.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        if any(layer.merged for _, layer in self.layers()):
+            warnings.warn("the merged adapters are unmerged before another adapter is set", stacklevel=2)
+            self.unmerge_adapter()
+        with unchanged_on_error(self.model):
+            self._set_active(names, inference_mode)
+        self.active_adapters = names
+
+    def _set_active(self, names: Sequence[str], inference_mode: bool) -> None:
+        for _, holder in self.holders():
+            holder.set_adapter(names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self._check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        for _, holder in self.holders():
+            holder.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        for _, holder in self.holders():
+            holder.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: outputs are the base model's, except for biases that were trained."""
+        for name in self.active_adapters:
+            if getattr(self.peft_config[name], "bias", "none") != "none":
+                warnings.warn(f"adapter {name!r} trained biases of the base model: they stay as trained", stacklevel=3)
+        for _, holder in self.holders():
+            holder.enable_adapters(False)
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapter {unknown[0]!r} does not exist: there are {sorted(self.peft_config)}")
+
+    # ---- merging and unloading -----------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
+        """Merge adapters (the active ones unless named) into the base weights, keeping them for `unmerge_adapter`.
+
+        With `safe_merge` every layer is tried before any is changed: a ValueError leaves all weights as they were.
+        """
+        self._check_known(adapter_names or [])
+        self._warn_of_tied_weights()
+        plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
+        if safe_merge:
+            for path, layer, names in plans:
+                if problem := layer.merge_problem(names):
+                    raise ValueError(f"{path}: {problem}")
+        for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
+            layer.add_to_base(names)
+
+    def unmerge_adapter(self) -> None:
+        for _, layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters (the active ones unless named) merged in, and none of our layers left."""
+        self.merge_adapter(adapter_names, safe_merge, progressbar)
+        return self._unload(trained_copies=True)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before, without any of our layers; merged adapters are unmerged first."""
+        self.unmerge_adapter()
+        return self._unload(trained_copies=False)
+
+    def _unload(self, trained_copies: bool) -> nn.Module:
+        for path, holder in list(self.holders()):
+            if isinstance(holder, BaseTunerLayer):
+                self._replace(path, holder.base_layer)
+            elif isinstance(holder, ModulesToSaveWrapper):
+                self._replace(path, holder.current if trained_copies else holder.original_module)
+        return self.model
+
+    def _warn_of_tied_weights(self) -> None:
+        if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            return
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, BaseTunerLayer):
+            warnings.warn(
+                "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
+                stacklevel=3,
+            )
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def state_keys(self, adapter_name: str) -> dict[str, str]:
+        """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""
+        self._check_known([adapter_name])
+        keys = {
+            f"{path}.{in_file}": f"{path}.{in_model}"
+            for path, holder in self.holders()
+            for in_file, in_model in holder.adapter_state_keys(adapter_name).items()
+        }
+        return keys | {key: key for key in self.bias_keys(self.peft_config[adapter_name])}
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+
+    def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
+        """(path, module) of everything that holds adapters."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, AdapterHolder):
+                yield path, module
+
+    def layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        """(path, layer) of every adapted layer."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield path, module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
+                raise
+            return getattr(self.model, name)
+
+
+def check_adapter_name(name: str, taken: Iterable[str]) -> None:
+    """Raise ValueError for a name that cannot be part of a parameter's name and of a folder's, or that is taken."""
+    if not isinstance(name, str) or not name or any(character in name for character in "./\\"):
+        raise ValueError(f"an adapter's name must be a string without '.', '/' and '\\', got {name!r}")
+    if name in nn.ModuleDict.__dict__ or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has an attribute of that name")
+    if name in taken:
+        raise ValueError(f"adapter {name!r} exists already: choose another name, or delete it first")

@@ -1,0 +1,235 @@
+"""What a layer with adapters is: the part that every method shares.
+
+`AdapterHolder` keeps weights by adapter name, knows which adapters are active and which key of a file each weight has.
+`BaseTunerLayer` stands in the place of a layer of the base model, has it as `base_layer`, and merges into it.
+
+A method's layer declares `adapter_layer_names` (its containers of weights), `other_param_names` (its dicts of numbers)
+and `get_delta_weight`, and writes `forward`. Names and state-dict keys are peft's: libraries reach into them.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import ops
+from peft_fast.quant.weight import QuantizedWeight
+
+from .base_weight import base_weight, set_base_weight
+
+
+class AdapterHolder(nn.Module):
+    """Weights by adapter name; some of the adapters are active, all can be switched off together."""
+
+    adapter_layer_names: tuple[str, ...] = ()  # attributes that are ModuleDicts or ParameterDicts {adapter: weights}
+    other_param_names: tuple[str, ...] = ()  # attributes that are dicts {adapter: anything else}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self._paused: list[str] = []  # adapters that were trainable when all were switched off
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def available_adapters(self) -> list[str]:
+        names = {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
+        return sorted(names)
+
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        found: list[nn.Parameter] = []
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                entry = container[adapter_name]
+                found += [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
+        return found
+
+    def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:
+        """{key in an adapter's file: key in this module's state_dict}; a file does not name its adapter."""
+        keys: dict[str, str] = {}
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute)
+            if adapter_name not in container:
+                continue
+            entry = container[adapter_name]
+            if isinstance(entry, nn.Module):
+                keys |= {f"{attribute}.{key}": f"{attribute}.{adapter_name}.{key}" for key in entry.state_dict()}
+            else:
+                keys[attribute] = f"{attribute}.{adapter_name}"
+        return keys
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these the active adapters, trainable unless `inference_mode`; freeze the others."""
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._paused = []
+        for name in self.available_adapters():
+            self.set_requires_grad(name, name in self._active_adapter and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; those that were trainable are so again afterwards, and no others."""
+        if enabled == (not self._disable_adapters):
+            return
+        if enabled:
+            self.set_requires_grad(self._paused)
+            self._paused = []
+        else:
+            names = self.available_adapters()
+            self._paused = [name for name in names if any(p.requires_grad for p in self.adapter_parameters(name))]
+            self.set_requires_grad(self._paused, False)
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Was it active, it is so no longer; which one takes its place is the model's choice."""
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                del container[adapter_name]
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+
+class BaseTunerLayer(AdapterHolder):
+    """A layer of the base model (`base_layer`) with adapters around it."""
+
+    base_layer: nn.Module
+    backend: str | None = None  # "triton" or "torch": for this layer, whatever the process-wide choice is
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer of the base model itself, through any tuner layers in between."""
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
+
+    def base_weight(self) -> Tensor | QuantizedWeight:
+        """The base layer's weight [N, K] as the ops take it: the dense tensor, or the k-bit one without a copy."""
+        return base_weight(self.get_base_layer())
+
+    @property
+    def weight(self) -> Tensor:  # some models read linear.weight.dtype or .device
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.get_base_layer().bias  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight: float32 [N, K], unrounded so that merging rounds once."""
+        raise NotImplementedError(f"{type(self).__name__} does not merge")
+
+    def get_delta_bias(self, adapter_name: str) -> Tensor | None:
+        """What the adapter adds to the base layer's bias: [N], or None for nothing."""
+        return None
+
+    def place_adapter(self, adapter_name: str, keep_dtype: bool = False) -> None:
+        """Move an adapter to the base weight's device and, unless `keep_dtype`, to its dtype.
+
+        A k-bit base counts as its compute dtype. Weights on the meta device stay there.
+        """
+        weight = self.base_weight()
+        dtype = getattr(self.get_base_layer(), "compute_dtype", None)
+        if isinstance(weight, Tensor):
+            dtype = weight.dtype
+        on_meta = any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name))
+        device = torch.device("meta") if on_meta else weight.device
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute)
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(device, None if keep_dtype else dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add adapters (the active ones unless named) to the base weight; forward is the base layer's from then on.
+
+        With `safe_merge`, raises ValueError where that would give inf or NaN, and changes nothing.
+        """
+        names = self.adapters_to_merge(adapter_names)
+        if names and safe_merge and (problem := self.merge_problem(names)):
+            raise ValueError(problem)
+        self.add_to_base(names)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the base weight again, up to the rounding of its dtype."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to undo", stacklevel=2)
+        while self.merged_adapters:
+            self._write_base(*self._shifted_base([self.merged_adapters.pop()], -1))
+
+    def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}")
+        wanted = self.active_adapters if adapter_names is None else list(adapter_names)
+        here = [name for name in wanted if name in self.available_adapters()]
+        names = [name for name in here if name not in self.merged_adapters]
+        for name in names:
+            if self.bias is None and self.get_delta_bias(name) is not None:
+                raise ValueError(
+                    f"adapter {name!r} has a bias and the base layer has none to merge it into: keep it unmerged"
+                )
+        if self.merged and here:
+            more = f"merging {names} too" if names else "nothing to merge"
+            warnings.warn(f"{self.merged_adapters} are merged already: {more}", stacklevel=3)
+        return names
+
+    def merge_problem(self, adapter_names: Sequence[str]) -> str | None:
+        """Why these adapters should not be merged, or None: a trial that writes nothing."""
+        weight, bias = self._shifted_base(adapter_names, +1)
+        if weight.isfinite().all() and (bias is None or bias.isfinite().all()):
+            return None
+        return (
+            f"merging {list(adapter_names)} gives inf or NaN in the weight: the adapter is broken; nothing was merged"
+        )
+
+    def add_to_base(self, adapter_names: Sequence[str]) -> None:
+        """The second half of `merge`: for names that `adapters_to_merge` let through."""
+        if adapter_names and isinstance(self.base_weight(), QuantizedWeight):
+            warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
+        for name in adapter_names:
+            self._write_base(*self._shifted_base([name], +1))
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def _shifted_base(self, adapter_names: Sequence[str], sign: int) -> tuple[Tensor, Tensor | None]:
+        """The base weight (fp32 for a k-bit one, else its dtype) and bias plus or minus these adapters' changes."""
+        base = self.get_base_layer()
+        weight = self.base_weight()
+        dense = ops.dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight
+        total = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        bias = None
+        for name in adapter_names:
+            total = total + sign * self.get_delta_weight(name)
+            change = self.get_delta_bias(name)
+            if change is not None:
+                bias = (base.bias if bias is None else bias) + sign * change  # type: ignore[operator]
+        return total.to(dense.dtype), bias
+
+    @torch.no_grad()
+    def _write_base(self, weight: Tensor, bias: Tensor | None) -> None:
+        base = self.get_base_layer()
+        set_base_weight(base, weight)
+        if bias is not None:
+            base.bias.copy_(bias)  # type: ignore[operator, union-attr]

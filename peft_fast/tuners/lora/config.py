@@ -1,0 +1,184 @@
+"""LoraConfig: every option of peft 0.21.2's, with the same defaults.
+
+So that files load both ways, options that are not built yet are here too. They keep their default, or are refused by
+name: NOT_BUILT is the list.
+"""
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft_fast.config import PeftConfig
+from peft_fast.peft_types import PeftType
+
+NOT_BUILT = (
+    "megatron_config",
+    "megatron_core",
+    "trainable_token_indices",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "qalora_group_size",
+    "monteclora_config",
+    "layer_replication",
+    "runtime_config",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)
+INITS_NOT_BUILT = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options of a run, never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """Low-rank adaptation, y = W x + scale * B A dropout(x) (arXiv 2106.09685).
+
+    r: the rank. lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
+    target_modules: names of modules (the whole path or its end), or one regular expression for the whole path, or
+      "all-linear" (all but the output layer), or None (by the model's architecture). exclude_modules: likewise, taken
+      away.
+    lora_dropout: probability, on the adapter's input. fan_in_fan_out: weights lie [in, out]; no layer so far has them so.
+    bias: which biases of the base model are trained: "none", "all", "lora_only" (those of adapted layers).
+    lora_bias: B has a bias of its own.
+    init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero), or False
+      (both Kaiming uniform: the adapter does something at once, for tests).
+    layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
+    rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
+    modules_to_save: names of modules that are trained and saved whole.
+
+    Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
+
+    def check(self) -> None:
+        """Raise for what cannot be done. Called again before an adapter is made: attributes can be set."""
+        _check_built(self)
+        _check_numbers(self)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _are_strings(value)):
+                raise TypeError(f"{name} must be names or one regular expression, got {value!r}")
+        if self.modules_to_save is not None and not _are_strings(self.modules_to_save):
+            raise TypeError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} needs target_modules as a list, got the string {self.target_modules!r}: put the layer "
+                        "indices into the regular expression, or give the names as a list"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform: the indices within that list of layers")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(f"lora_bias needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+
+
+def _check_built(config: LoraConfig) -> None:
+    default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
+    for name in NOT_BUILT:
+        value = getattr(config, name)
+        if value != default[name] and not (value is None and not default[name]):
+            raise NotImplementedError(
+                f"LoraConfig option {name}={value!r} is not built in peft_fast yet: leave it at {default[name]!r}, or "
+                "use peft for this adapter"
+            )
+    init = config.init_lora_weights
+    if isinstance(init, bool) or str(init).lower() == "gaussian":
+        return
+    if isinstance(init, str) and init.split("_niter_")[0] in INITS_NOT_BUILT:
+        raise NotImplementedError(
+            f"LoraConfig option init_lora_weights={init!r} is not built in peft_fast yet: use True, False or 'gaussian'"
+        )
+    raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init!r}")
+
+
+def _check_numbers(config: LoraConfig) -> None:
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()}
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            raise ValueError(f"{name} must be a positive integer, got {rank!r}: 8 to 64 are usual ranks")
+    alphas = {"lora_alpha": config.lora_alpha} | {f"alpha_pattern[{k!r}]": a for k, a in config.alpha_pattern.items()}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise ValueError(f"{name} must be a number, got {alpha!r}")
+    p = config.lora_dropout
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"lora_dropout must be a probability from 0 to 1, got {p!r}")
+
+
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, (list, tuple, set)) and all(isinstance(value, str) for value in values)
+
+
+def without_fan_in_fan_out(config: LoraConfig) -> None:
+    """Linear layers keep their weight [out, in]: peft resets the option for them with a warning, and so do we."""
+    if config.fan_in_fan_out:
+        warnings.warn("fan_in_fan_out=True is for Conv1D layers; the targets are linear: set to False", stacklevel=2)
+        config.fan_in_fan_out = False

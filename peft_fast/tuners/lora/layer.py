@@ -1,0 +1,130 @@
+"""LoRA around a linear layer: y = x W^T + bias + sum over active adapters of scale * (dropout(x) A^T) B^T.
+
+One call of ops.lora_linear does the base layer and the first adapter; further adapters are added onto its result.
+A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by adapter name.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import ops
+from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.tuners.base_weight import matmul_weight
+from peft_fast.tuners.layer import BaseTunerLayer
+
+from .config import LoraConfig
+
+
+class LoraLayer(BaseTunerLayer):
+    """The adapters' weights and numbers, whatever kind of layer they are around."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def __repr__(self) -> str:
+        return f"lora.{super().__repr__()}"
+
+
+class Linear(LoraLayer):
+    """LoRA around torch.nn.Linear, bitsandbytes' Linear4bit, or our QuantizedLinear."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
+        super().__init__(base_layer)
+        base: Any = self.get_base_layer()
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
+        self.update_layer(adapter_name, r, lora_alpha, config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
+        """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.place_adapter(adapter_name)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """False leaves both matrices as nn.Linear draws them."""
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        if init_lora_weights is False:
+            return
+        if init_lora_weights is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return self.scaling[adapter_name] * (B.to(wide) @ A.to(wide))
+
+    def get_delta_bias(self, adapter_name: str) -> Tensor | None:
+        bias = self.lora_B[adapter_name].bias
+        return None if bias is None else self.scaling[adapter_name] * bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        working = not (self.disable_adapters or self.merged)
+        adapters = [name for name in self.active_adapters if name in self.lora_A] if working else []
+        weight = None if args or kwargs else matmul_weight(self.base_layer)
+        if weight is None or (isinstance(weight, Tensor) and not adapters):
+            return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
+        if isinstance(weight, Tensor):
+            return self._add(self._base_and(adapters[0], x, weight), x, adapters[1:])
+        # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.
+        dtype = getattr(self.base_layer, "compute_dtype", None)
+        z = x if dtype is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        if adapters:
+            y = self._base_and(adapters[0], z, weight)
+        else:
+            y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
+        y = self._add(y, z, adapters[1:])
+        return y if z is x else y.to(x.dtype)
+
+    def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+        """The base layer and one adapter in one op."""
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        bias, extra = self.bias, self.get_delta_bias(name)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+        dropout = self._dropout(name, x)
+        return ops.lora_linear(x, weight, A, B, self.scaling[name], bias, backend=self.backend, **dropout)
+
+    def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """y plus what these adapters make of x."""
+        for name in names:
+            s = ops.lora_down(x, self.lora_A[name].weight, backend=self.backend, **self._dropout(name, x))
+            bias = self.get_delta_bias(name)
+            y = ops.lora_up_add(y, s, self.lora_B[name].weight, self.scaling[name], bias, backend=self.backend)
+        return y
+
+    def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
+        dropout = self.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}

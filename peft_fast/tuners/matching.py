@@ -1,0 +1,142 @@
+"""Which modules of a model a config means."""
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .base_weight import is_dense_linear, quantized_weight
+from .layer import AdapterHolder, BaseTunerLayer
+
+ALL_LINEAR = "all-linear"
+Value = TypeVar("Value")
+
+
+def matches(patterns: Collection[str] | str, path: str) -> bool:
+    """A string is a regular expression for the whole path; names match the path or its end after a dot."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return path in patterns or any(path.endswith(f".{name}") for name in patterns)
+
+
+def by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    """The value of the first pattern (a regular expression for the path's end) that fits, else `default`."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
+            return value
+    return default
+
+
+def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] | str) -> list[str]:
+    """The paths of the modules that `target_modules` names, less the excluded ones, in the model's order.
+
+    Reads `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` of `config`.
+    Raises ValueError where nothing is left, with the names that come close.
+    """
+    paths = adaptable_paths(model)
+    named = [path for path in paths if matches(target_modules, path)]
+    if not named:
+        raise ValueError(
+            f"target_modules {_shown(target_modules)} not found in the base model{_closest(target_modules, paths)}"
+        )
+    found = [path for path in named if _is_wanted(config, path)]
+    if not found:
+        rules = {name: getattr(config, name, None) for name in _FILTERS}
+        given = ", ".join(f"{name}={value}" for name, value in rules.items() if value is not None)
+        raise ValueError(
+            f"target_modules {_shown(target_modules)} names {len(named)} modules, but {given} takes all of them away"
+        )
+    if not isinstance(target_modules, str):
+        idle = [name for name in target_modules if not any(matches([name], path) for path in named)]
+        if idle:
+            warnings.warn(f"target_modules {_shown(idle)} match nothing{_closest(idle, paths)}", stacklevel=2)
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and not any(matches(excluded, path) for path in paths):
+        warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
+    for option in ("rank_pattern", "alpha_pattern"):
+        idle = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
+        if idle:
+            warnings.warn(f"{option} keys {_shown(idle)} match no target", stacklevel=2)
+    return found
+
+
+_FILTERS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+
+
+def _is_wanted(config: Any, path: str) -> bool:
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and matches(excluded, path):
+        return False
+    saved = getattr(config, "modules_to_save", None) or ()
+    if any(re.fullmatch(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?", path) for name in saved):
+        return False
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    index = _layer_index(path, getattr(config, "layers_pattern", None))
+    return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _layer_index(path: str, lists: Collection[str] | str | None) -> int | None:
+    """The first index in the path ("model.layers.3.mlp.experts.0" is layer 3), of the named lists only if given."""
+    names = [lists] if isinstance(lists, str) else lists
+    pattern = rf"(?:|.*?\.)(?:{'|'.join(names)})\.(\d+)\." if names else r".*?\.[^.]*\.(\d+)\."
+    match = re.match(pattern, path)
+    return int(match[1]) if match else None
+
+
+def adaptable_paths(model: nn.Module) -> list[str]:
+    """The paths of the base model's modules: not the root, and not what lies inside adapters."""
+    paths: list[str] = []
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or (inside and path.startswith(inside)):
+            continue
+        paths.append(path)
+        if isinstance(module, AdapterHolder):
+            inside = (f"{path}.",)
+    return paths
+
+
+def all_linear(model: nn.Module) -> set[str]:
+    """The linear layers of the model but its output layer, by the shortest names that mean exactly these."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    paths = adaptable_paths(model)
+    linear = [path for path in paths if (m := model.get_submodule(path)) is not head and _is_linear(m)]
+    if not linear:
+        raise ValueError(f"target_modules {ALL_LINEAR!r} found no linear layer in {type(model).__name__}")
+    others = set(paths) - set(linear)
+    return {_shortest_end(path, others) for path in linear}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return is_dense_linear(base) or quantized_weight(base) is not None
+
+
+def _shortest_end(path: str, others: Iterable[str]) -> str:
+    parts = path.split(".")
+    for length in range(1, len(parts)):
+        end = ".".join(parts[-length:])
+        if not any(matches([end], other) for other in others):
+            return end
+    return path
+
+
+def _shown(names: Collection[str] | str) -> str:
+    return repr(names if isinstance(names, str) else sorted(names))
+
+
+def _closest(names: Collection[str] | str, paths: list[str]) -> str:
+    """A hint: the last parts of the model's paths that look like what was asked for, or a few that exist."""
+    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    wanted = [names] if isinstance(names, str) else sorted(names)
+    close = [end for name in wanted for end in get_close_matches(name.rpartition(".")[2], ends, n=2)]
+    if close:
+        return f": did you mean {', '.join(dict.fromkeys(close))}?"
+    shown = [end for end in ends if not end.isdigit()][:20]
+    return f": its modules end in {', '.join(shown)}"

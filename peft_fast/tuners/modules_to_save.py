@@ -1,0 +1,86 @@
+"""Modules that are trained whole: the config option modules_to_save."""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .base_weight import quantized_weight
+from .layer import AdapterHolder, BaseTunerLayer
+
+
+class ModulesToSaveWrapper(AdapterHolder):
+    """Stands in the place of `original_module`; each adapter has a trained copy of it.
+
+    One copy at most is active. A file holds the copy under the module's own name.
+    """
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict()
+
+    def add_adapter(self, adapter_name: str) -> None:
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        here = [name for name in wanted if name in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(
+                f"adapters {here} each have a copy of the same module in modules_to_save, and outputs of whole modules "
+                "cannot be summed: activate one of them"
+            )
+        super().set_adapter(here, inference_mode)
+
+    def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self.modules_to_save:
+            return {}
+        keys = self.modules_to_save[adapter_name].state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in keys}
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that answers now: the active adapter's copy or the original."""
+        if self.disable_adapters or not self.active_adapters:
+            return self.original_module
+        return self.modules_to_save[self.active_adapters[0]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the module in whose place this stands (weight, in_features, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self._modules:  # being unpickled or copied
+                raise
+            return getattr(self.current, name)
+
+
+def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The paths of the modules that `names` (whole paths or their ends) mean. Raises ValueError where one is unfit."""
+    found: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not any(re.fullmatch(rf"(?:.*\.)?{re.escape(name)}", path) for name in names):
+            continue
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        _check_trainable(path, module)
+        found.append(path)
+    if not found:
+        ends = dict.fromkeys(path.rpartition(".")[2] for path, _ in model.named_modules() if path)
+        raise ValueError(f"modules_to_save {sorted(names)} not found: the model's modules end in {', '.join(ends)}")
+    return found
+
+
+def _check_trainable(path: str, module: nn.Module) -> None:
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BaseTunerLayer)):
+        raise ValueError(f"modules_to_save cannot hold {path}: a {type(module).__name__} is not called as a module")
+    if any(quantized_weight(inner) is not None for inner in module.modules()):
+        raise ValueError(f"modules_to_save cannot hold {path}: its k-bit weight cannot be trained; keep it unquantised")

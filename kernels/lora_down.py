@@ -17,7 +17,6 @@ from torch import Tensor
 from . import dropout
 from .tiles import dropout_mask, input_precision, rank_block
 
-MAX_RANK = 256  # one program holds its tiles whole along R; above, their accumulators no longer fit the registers
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
 # so that the order of the sums, and with it every bit of the result, is the same on all of them
 
@@ -31,7 +30,8 @@ def _lora_down_fwd_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    r = tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
+    r0 = tl.program_id(1) * BLOCK_R
+    r = r0 + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
@@ -43,8 +43,8 @@ def _lora_down_fwd_kernel(
         acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= tl.cast(c, tl.float32)
-    columns = tl.arange(0, BLOCK_R)[None, :]
-    tl.store(s_ptr + m * R + columns, acc, mask=(m < M) & (columns < R))
+    r = r0 + tl.arange(0, BLOCK_R)[None, :]
+    tl.store(s_ptr + m * R + r, acc, mask=(m < M) & (r < R))
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -55,49 +55,53 @@ def _lora_down_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     NEEDS_DA: tl.constexpr, NEEDS_DX: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K columns, rows_per_split rows. dA goes to da_ptr[split, R, K]."""
+    """One program: BLOCK_K columns, rows_per_split rows. dA goes to da_ptr[split, R, K], one tile of R per program;
+    dx needs the sum over all of R, so with several tiles the two are computed by separate launches."""
     k0 = tl.program_id(0) * BLOCK_K
     split = tl.program_id(1).to(tl.int64)
+    r0 = tl.program_id(2) * BLOCK_R
     k = k0 + tl.arange(0, BLOCK_K)[None, :]  # [1, BLOCK_K]
-    r = tl.arange(0, BLOCK_R)
     scale = tl.cast(c, tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    if NEEDS_DX:
-        a = tl.load(a_ptr + r[:, None] * stride_a_r + k, mask=(r[:, None] < R) & (k < K), other=0.0)
-        a = a.to(ds_ptr.dtype.element_ty)
     start = split * rows_per_split
     for m0 in range(start, tl.minimum(start + rows_per_split, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
         inside = (m < M) & (k < K)
-        ds = tl.load(ds_ptr + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
         if DROPOUT:
             pairs = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
             keep = dropout_mask(key_ptr, m, pairs, (K + 1) // 2, threshold)
         if NEEDS_DA:
+            r = r0 + tl.arange(0, BLOCK_R)
+            ds = tl.load(ds_ptr + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
             x = tl.load(x_ptr + m * stride_x_m + k, mask=inside, other=0.0)
             if DROPOUT:
                 x = tl.where(keep, x, 0.0)
             acc = tl.dot(tl.trans(ds), x, acc, input_precision=PRECISION)
         if NEEDS_DX:
-            part = tl.dot(ds, a, input_precision=PRECISION)
+            part = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+            for first in range(0, R, BLOCK_R):
+                r = first + tl.arange(0, BLOCK_R)
+                ds = tl.load(ds_ptr + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
+                a = tl.load(a_ptr + r[:, None] * stride_a_r + k, mask=(r[:, None] < R) & (k < K), other=0.0)
+                part = tl.dot(ds, a.to(ds.dtype), part, input_precision=PRECISION)
             if DROPOUT:
                 part = tl.where(keep, part * scale, 0.0)
             dx = tl.load(dx_ptr + m * stride_dx_m + k, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx_ptr + m * stride_dx_m + k, dx + part, mask=inside)
     if NEEDS_DA:
-        rows = r[:, None]
-        tl.store(da_ptr + (split * R + rows) * K + k, acc * scale, mask=(rows < R) & (k < K))
+        r = r0 + tl.arange(0, BLOCK_R)[:, None]
+        tl.store(da_ptr + (split * R + r) * K + k, acc * scale, mask=(r < R) & (k < K))
 
 
 def forward_config(R: int, itemsize: int) -> dict:
-    """Tile sizes by rank and bytes per element of x. Untuned: nothing here has run on a GPU yet (bench/results)."""
-    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and R <= 64 else 64, BLOCK_R=rank_block(R), num_warps=4)
+    """Tile sizes by rank and bytes per element of x: the widest that spill nothing on any target (bench/compile.py).
+    Untuned beyond that: nothing here has run on a GPU yet."""
+    block_r = rank_block(R, itemsize)
+    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r < 64 else 64, BLOCK_R=block_r, num_warps=4)
 
 
 def backward_config(R: int, itemsize: int) -> dict:
-    block_r = rank_block(R)
-    block_k = 64 if block_r <= 64 else 32
-    return dict(BLOCK_M=64 if block_r <= 64 and itemsize == 2 else 32, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4)
+    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
 
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
@@ -107,7 +111,7 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
     s = x.new_empty(M, R)
     if M:
         config = forward_config(R, x.element_size())
-        _lora_down_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
+        _lora_down_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]))](
             x, A, s, key, M, K, R, dropout.threshold(p), dropout.correction(p), x.stride(0), A.stride(0),
             DROPOUT=p > 0, PRECISION=input_precision(), enable_fp_fusion=True, **config,
         )  # fmt: skip
@@ -135,14 +139,17 @@ def lora_down_backward(
     rows = triton.cdiv(steps, splits) * config["BLOCK_M"]
     splits = triton.cdiv(M, rows)
     partial = torch.empty((splits, R, K), dtype=A.dtype if splits == 1 else torch.float32, device=x.device)
-    if needs_dA or dx is not None:
-        _lora_down_bwd_kernel[(columns, splits)](
-            ds, x, A, x if dx is None else dx, partial, key,
-            M, K, R, rows, dropout.threshold(p), dropout.correction(p),
-            x.stride(0), A.stride(0), 0 if dx is None else dx.stride(0),
-            NEEDS_DA=needs_dA, NEEDS_DX=dx is not None, DROPOUT=p > 0, PRECISION=input_precision(),
-            enable_fp_fusion=True, **config,
-        )  # fmt: skip
+    rank_tiles = triton.cdiv(R, config["BLOCK_R"])
+    together = rank_tiles == 1
+    for dA_pass, dx_pass in [(needs_dA, dx is not None)] if together else [(needs_dA, False), (False, dx is not None)]:
+        if dA_pass or dx_pass:
+            _lora_down_bwd_kernel[(columns, splits, rank_tiles if dA_pass else 1)](
+                ds, x, A, x if dx is None else dx, partial, key,
+                M, K, R, rows, dropout.threshold(p), dropout.correction(p),
+                x.stride(0), A.stride(0), 0 if dx is None else dx.stride(0),
+                NEEDS_DA=dA_pass, NEEDS_DX=dx_pass, DROPOUT=p > 0, PRECISION=input_precision(),
+                enable_fp_fusion=True, **config,
+            )  # fmt: skip
     if not needs_dA:
         return None
     return partial[0] if splits == 1 else partial.sum(0).to(A.dtype)
@@ -153,10 +160,8 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def why_not(dtype: torch.dtype, R: int) -> str | None:
-    """The reason these kernels cannot take x of this dtype with this rank, or None where they can."""
+def why_not(dtype: torch.dtype) -> str | None:
+    """The reason these kernels cannot take x of this dtype, or None where they can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"x is {dtype}, the kernels take float32, float16 and bfloat16"
-    if R > MAX_RANK:
-        return f"rank {R} is above {MAX_RANK}"
     return None

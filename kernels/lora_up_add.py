@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .tiles import input_precision, rank_block
 
-MAX_RANK = 256  # one program holds its tiles whole along R
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
 # 59 MB for N = 14336, R = 16
 
@@ -31,10 +30,13 @@ def _lora_up_add_fwd_kernel(
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    r = tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
-    s = tl.load(s_ptr + m * R + r, mask=(m < M) & (r < R), other=0.0)
-    b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=(n[:, None] < N) & (r < R), other=0.0).to(s.dtype)
-    acc = tl.dot(s, tl.trans(b), input_precision=PRECISION) * tl.cast(scale, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
+        s = tl.load(s_ptr + m * R + r, mask=(m < M) & (r < R), other=0.0)
+        b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=(n[:, None] < N) & (r < R), other=0.0)
+        acc = tl.dot(s, tl.trans(b.to(s.dtype)), acc, input_precision=PRECISION)
+    acc *= tl.cast(scale, tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = (m < M) & (n[None, :] < N)
@@ -50,10 +52,10 @@ def _lora_up_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of dy. dB goes to db_ptr[program, N, R]."""
+    """One program: BLOCK_M rows of dy, one tile of R. dB goes to db_ptr[program, N, R]."""
     program = tl.program_id(0).to(tl.int64)
     m = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    r = tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
     factor = tl.cast(scale, tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     s = tl.load(s_ptr + m * R + r, mask=(m < M) & (r < R), other=0.0)
@@ -72,15 +74,16 @@ def _lora_up_bwd_kernel(
 
 
 def forward_config(R: int, itemsize: int) -> dict:
-    """Tile sizes by rank and bytes per element of y. Untuned: nothing here has run on a GPU yet (bench/results)."""
-    block_r = rank_block(R)
-    return dict(BLOCK_M=64 if block_r <= 64 else 32, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=block_r, num_warps=4)
+    """Tile sizes by rank and bytes per element of y: the widest that spill nothing on any target (bench/compile.py).
+    Untuned beyond that: nothing here has run on a GPU yet."""
+    return dict(BLOCK_M=64, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
 
 
 def backward_config(R: int, itemsize: int) -> dict:
-    block_r = rank_block(R)
-    block_m = 128 if block_r <= 32 and itemsize == 2 else 64 if block_r <= 64 else 32
-    return dict(BLOCK_M=block_m, BLOCK_N=64 if block_r <= 64 else 32, BLOCK_R=block_r, num_warps=4)
+    block_r = rank_block(R, itemsize)
+    if itemsize == 4:
+        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r, num_warps=4)
+    return dict(BLOCK_M=128 if block_r < 64 else 64, BLOCK_N=64, BLOCK_R=block_r, num_warps=4)
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -110,7 +113,7 @@ def lora_up_backward(
         rows = slice(start, min(start + SLAB, M))
         programs = triton.cdiv(rows.stop - start, config["BLOCK_M"])
         partial = torch.empty((programs if needs_dB else 0, N, R), dtype=torch.float32, device=dy.device)
-        _lora_up_bwd_kernel[(programs,)](
+        _lora_up_bwd_kernel[(programs, triton.cdiv(R, config["BLOCK_R"]))](
             dy[rows], s[rows], B, partial if ds is None else ds[rows], partial,
             scale, rows.stop - start, N, R, dy.stride(0), B.stride(0),
             NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(), enable_fp_fusion=True, **config,
@@ -126,10 +129,8 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def why_not(dtype: torch.dtype, R: int) -> str | None:
-    """The reason these kernels cannot take y of this dtype with this rank, or None where they can."""
+def why_not(dtype: torch.dtype) -> str | None:
+    """The reason these kernels cannot take y of this dtype, or None where they can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"y is {dtype}, the kernels take float32, float16 and bfloat16"
-    if R > MAX_RANK:
-        return f"rank {R} is above {MAX_RANK}"
     return None

@@ -27,6 +27,7 @@ def input_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def rank_block(R: int) -> int:
-    """The tile along R: a power of two, and at least the 16 that tl.dot needs."""
-    return max(16, triton.next_power_of_2(R))
+def rank_block(R: int, itemsize: int) -> int:
+    """The tile along R: a power of two, at least the 16 that tl.dot needs. Larger ranks take several tiles: wider ones
+    spill registers in the backward kernels, fp32 ones sooner (bench/compile.py)."""
+    return min(max(16, triton.next_power_of_2(R)), 64 if itemsize == 2 else 32)

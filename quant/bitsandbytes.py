@@ -50,7 +50,9 @@ def read_linear(module: nn.Module) -> QuantizedWeight | None:
         nested = NestedScales(inner.absmax, inner.code, state.offset, inner.blocksize)
     shape = (state.shape[0], state.shape[1])
     data = _as_bytes(weight.data)
-    return QuantizedWeight(data, state.absmax, state.code, shape, state.blocksize, state.quant_type, state.dtype, nested)
+    return QuantizedWeight(
+        data, state.absmax, state.code, shape, state.blocksize, state.quant_type, state.dtype, nested
+    )
 
 
 def write_linear(module: nn.Module, weight: QuantizedWeight) -> None:

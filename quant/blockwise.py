@@ -75,10 +75,7 @@ def quantize(
     one case in a thousand (tests/test_quant.py).
     Raises ValueError for a weight that is not a finite matrix, and for arguments out of range.
     """
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+    check_arguments(quant_type, blocksize)
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         raise ValueError(f"weight must be [N, K] in fp32, fp16 or bf16, got {tuple(weight.shape)} {weight.dtype}")
     flat, total, G = weight.detach().reshape(-1), weight.numel(), blocksize
@@ -98,6 +95,14 @@ def quantize(
         return QuantizedWeight(data, absmax, code, shape, G, quant_type, dtype)
     absmax, nested = _quantize_scales(absmax)
     return QuantizedWeight(data, absmax, code, shape, G, quant_type, dtype, nested)
+
+
+def check_arguments(quant_type: str, blocksize: int) -> None:
+    """ValueError where `quantize` would refuse them."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
 
 
 def _quantize_chunk(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,7 @@
+"""The functions of reference.py, in Triton: same names, same arguments, same results up to rounding."""
+
+from .dequantize import dequantize
+from .lora_down import lora_down, lora_down_backward
+from .lora_up_add import lora_up_add_, lora_up_backward
+
+__all__ = ["dequantize", "lora_down", "lora_down_backward", "lora_up_add_", "lora_up_backward"]

@@ -1,0 +1,83 @@
+"""The torch.library of peft_fast: one place that registers ops, and what every op has in common.
+
+An op is opaque to torch.compile: which implementation runs is decided inside it, so graphs neither branch on sizes nor
+break. Ops are called from autograd.Functions (linear.py, lora.py), 4 to 5 us a call cheaper than registered autograd
+formulas (torch 2.13), and are private: called directly, a torch implementation would track gradients and a Triton one
+silently would not.
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..dispatch import REFERENCE, Backend, Choice, checked, current_backend
+from ..kernels import reference
+from ..quant.weight import Format, QuantizedWeight
+
+LIBRARY = torch.library.Library("peft_fast", "DEF")
+
+
+def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register the decorated implementation as the op of this schema; return the op.
+
+    `fake` computes output shapes and dtypes without data. The implementation runs with autocast off: the caller has
+    cast already, and what it allocates must have the dtypes that `fake` promised.
+    """
+    name = schema.partition("(")[0]
+
+    def register(implementation: Callable) -> Callable:
+        @functools.wraps(implementation)
+        def run(*args):
+            device = next(_device_of(a) for a in args if isinstance(a, (Tensor, list)))
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return implementation(*args)
+            return implementation(*args)
+
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"peft_fast::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.peft_fast, name).default
+
+    return register
+
+
+def _device_of(tensors: Tensor | list[Tensor]) -> str:
+    return (tensors if isinstance(tensors, Tensor) else tensors[0]).device.type
+
+
+def implementation(choice: Choice) -> ModuleType:
+    """The module that holds the functions of the chosen route; Triton is imported when it is first chosen."""
+    if choice.route == REFERENCE:
+        return reference
+    from ..kernels import triton_ops
+
+    return triton_ops
+
+
+def resolve(backend: str | None) -> Backend:
+    """A layer's or caller's own backend where there is one, else the process's."""
+    return current_backend() if backend is None else checked(backend, "backend")
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast prescribes for matrix products, differentiably; x itself where autocast is off."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def flatten(weight: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
+    """A weight as an op takes it: its tensors, and its format as text, empty for a dense one."""
+    return ([weight], "") if isinstance(weight, Tensor) else (weight.tensors(), str(weight.format))
+
+
+def unflatten(tensors: list[Tensor], fmt: str) -> Tensor | QuantizedWeight:
+    return QuantizedWeight.from_tensors(tensors, Format.parse(fmt)) if fmt else tensors[0]
+
+
+def weight_shape(tensors: list[Tensor], fmt: str) -> tuple[int, int]:
+    """(N, K)"""
+    return Format.parse(fmt)[1:3] if fmt else (tensors[0].shape[0], tensors[0].shape[1])

@@ -1,0 +1,105 @@
+"""dequantize and quant_matmul: 4-bit weights as matrices, and as the frozen factor of a product."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Backend, Op
+from ..quant.weight import DTYPES, Format, QuantizedWeight
+from .library import autocast, define, flatten, implementation, resolve, unflatten
+
+
+def _why_not(dtype: torch.dtype) -> str | None:
+    from ..kernels import dequantize
+
+    return dequantize.why_not(dtype)
+
+
+DEQUANTIZE = Op("dequantize", "triton", _why_not, needs_dot=False)
+
+
+def materialize(weight: Tensor | QuantizedWeight, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """W [N, K] in `dtype`: dequantised, or cast where it has another one. For implementations of ops."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    return implementation(DEQUANTIZE.choose(backend, weight.device, dtype)).dequantize(weight, dtype)
+
+
+def _dequantize_fake(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: str) -> Tensor:
+    form = Format.parse(fmt)
+    return weight[0].new_empty((form.N, form.K), dtype=dtype)
+
+
+@define("dequantize(Tensor[] weight, str fmt, ScalarType dtype, str backend) -> Tensor", _dequantize_fake)
+def _dequantize(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: Backend) -> Tensor:
+    return materialize(unflatten(weight, fmt), dtype, backend)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
+    """The weight [N, K] in `dtype` (default: the weight's own): fp32 code * scale, rounded once.
+
+    Bit for bit the same on every backend, and the same as bitsandbytes' `dequantize_4bit` wherever that is right
+    (its CPU code is wrong where the block size does not divide K). Not differentiable. Raises TypeError for a dtype
+    that is not float32, float16 or bfloat16.
+    """
+    dtype = dtype or weight.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {DTYPES}, got {dtype}: dequantise to float32 and convert the result")
+    return _dequantize(*flatten(weight), dtype, resolve(backend))
+
+
+def _quant_matmul_fake(x: Tensor, weight: list[Tensor], fmt: str, bias: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty((x.shape[0], Format.parse(fmt).N))
+
+
+@define(
+    "quant_matmul(Tensor x, Tensor[] weight, str fmt, Tensor? bias, str backend) -> Tensor",
+    _quant_matmul_fake,
+)
+def _quant_matmul(x: Tensor, weight: list[Tensor], fmt: str, bias: Tensor | None, backend: Backend) -> Tensor:
+    W = materialize(unflatten(weight, fmt), x.dtype, backend)
+    return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+
+
+def _quant_matmul_dx_fake(dy: Tensor, weight: list[Tensor], fmt: str, backend: str) -> Tensor:
+    return dy.new_empty((dy.shape[0], Format.parse(fmt).K))
+
+
+@define("quant_matmul_dx(Tensor dy, Tensor[] weight, str fmt, str backend) -> Tensor", _quant_matmul_dx_fake)
+def _quant_matmul_dx(dy: Tensor, weight: list[Tensor], fmt: str, backend: Backend) -> Tensor:
+    return dy @ materialize(unflatten(weight, fmt), dy.dtype, backend)
+
+
+class _QuantMatmul(torch.autograd.Function):
+    """Keeps nothing but references to the weight's own tensors; the dequantised weight is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, fmt: str, backend: str, *weight: Tensor) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.fmt, ctx.backend = fmt, backend
+        return _quant_matmul(x, list(weight), fmt, bias, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        weight = list(ctx.saved_tensors)
+        dx = _quant_matmul_dx(dy, weight, ctx.fmt, ctx.backend) if ctx.needs_input_grad[0] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None, None, *(None for _ in weight)
+
+
+def quant_matmul(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias, in x's dtype; differentiable in x and bias, saves neither x nor W.
+
+    Under autocast x is cast first. Raises ValueError where x does not have K columns.
+    """
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x must have K={K} features for a weight of shape {weight.shape}, got {tuple(x.shape)}")
+    x = autocast(x)
+    tensors, fmt = flatten(weight)
+    y = _QuantMatmul.apply(x.reshape(-1, K), bias, fmt, resolve(backend), *tensors)
+    return y.view(*x.shape[:-1], N)

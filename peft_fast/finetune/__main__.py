@@ -1,0 +1,5 @@
+import sys
+
+from peft_fast.finetune.run import main
+
+sys.exit(main())

@@ -1,0 +1,134 @@
+"""The base model, in 4 or 16 bits, from a directory or from the hub."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+import peft_fast
+from peft_fast.finetune import data
+from peft_fast.finetune.options import ALL_LINEAR, Options
+
+
+class ModelError(ValueError):
+    """A base model that does not fit the options. The message states the way out."""
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of `name` with a padding token; a directory is never looked up on the hub."""
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {name} cannot report where in the text its tokens lie, which the loss mask needs; "
+            "convert it to a tokenizer.json (a fast tokenizer)"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {name} has neither a padding nor an end-of-text token; add one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(options: Options, device: torch.device) -> PreTrainedModel:
+    """The model that `options.model` names, frozen, on `device`, its linear layers in NF4 if `options.bits` is 4.
+
+    bitsandbytes quantises while transformers loads, layer by layer, where it is installed; `quantize_linear_layers`
+    makes the same bytes without it. The latter also serves a CPU when only some layers are adapted: the others would
+    run bitsandbytes' own forward, which in eval mode repacks its weight on CPUs with AVX512-bf16 into a form without
+    a gradient (bitsandbytes 0.50), and the training after the first evaluation would learn nothing.
+    """
+    name = str(options.model)
+    local = Path(name).is_dir()
+    config = AutoConfig.from_pretrained(name, local_files_only=local)
+    quantized_already = getattr(config, "quantization_config", None) is not None
+    if quantized_already and options.bits == 16:
+        raise ModelError(f"{name} is stored quantised; --bits 16 needs the original weights, or use --bits 4")
+
+    everything_adapted = options.target_modules == ALL_LINEAR
+    use_bitsandbytes = (
+        options.bits == 4
+        and not quantized_already
+        and importlib.util.find_spec("bitsandbytes") is not None
+        and (device.type == "cuda" or everything_adapted)
+    )
+    quantization = None
+    if use_bitsandbytes:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options.dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        local_files_only=local,
+        dtype=options.dtype,
+        device_map={"": device},
+        quantization_config=quantization,
+    )
+    if options.bits == 4 and not quantized_already and not use_bitsandbytes:
+        model = peft_fast.quantize_linear_layers(model, bits=4, quant_type="nf4", double_quant=True)
+    # Training keeps no key-value cache, and transformers reads packed documents' borders only where there is none.
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def add_adapter(model: PreTrainedModel, options: Options) -> Any:
+    """`model` with a fresh LoRA adapter as the options describe; its weights are drawn from torch's generator.
+
+    `prepare_model_for_kbit_training` is left out on purpose: beyond freezing it only widens norms, embedding and head
+    to fp32, which under autocast costs memory (2 GB for a vocabulary of 128k) and changes no gradient of the adapter.
+    """
+    targets = options.target_modules
+    config = peft_fast.LoraConfig(
+        task_type=peft_fast.TaskType.CAUSAL_LM,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    return peft_fast.get_peft_model(model, config)
+
+
+def apply_liger(model: PreTrainedModel, options: Options, device: torch.device) -> str | None:
+    """Liger's norm, RoPE, MLP and cross entropy on a GPU, where it is installed; what was done, or None on a CPU.
+
+    Called before the adapter is added: Trainer's `use_liger_kernel` unwraps an adapted model only where peft is
+    installed too. Its fused cross entropy multiplies by the head's weight itself, so it would skip an adapter there.
+    """
+    if device.type != "cuda":
+        return None
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel: not installed (pip install liger-kernel saves time and memory outside the linear layers)"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"liger-kernel: it has nothing for {model.config.model_type} models"
+    if "lm_head" in options.target_modules:
+        return "liger-kernel: off, because lm_head is adapted and its fused cross entropy would bypass that"
+    apply_liger_kernel(model, None)
+    return "liger-kernel: on for norms, RoPE, MLP and cross entropy"
+
+
+def refuse_leaky_packing(model: Any, collate: Callable[[list[data.Row]], dict[str, torch.Tensor]]) -> None:
+    """Raise ModelError if the model lets a packed document see the one before it in the row.
+
+    Tried out rather than looked up, since any model may come: the second document's logits must not change when the
+    first document does. Shapes and operations are the same both times, so equal means equal.
+    """
+    model.eval()
+    logits = []
+    for first_token in (1, 2):
+        documents = [{"input_ids": [token] * 16, "labels": [token] * 16} for token in (first_token, 3)]
+        batch = {key: values.to(model.device) for key, values in collate(data.pack(documents, 32)).items()}
+        with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            logits.append(model(**batch).logits.flatten(0, 1)[16:])
+    if not torch.equal(*logits):
+        raise ModelError(
+            f"{type(model.get_base_model()).__name__} lets packed documents see each other: it ignores position_ids "
+            "that restart; leave out --packing"
+        )

@@ -1,0 +1,192 @@
+"""The memory that training needs, estimated, beside the memory there is; and advice for when it was not enough."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_fast.finetune.options import Options
+from peft_fast.tuners.base_weight import quantized_weight
+
+MIB = 2**20
+PROBE_TOKENS = 256  # length of the forward pass from which the activations are scaled up
+# Bytes of optimiser state per trainable parameter. adafactor keeps a row and a column per matrix: next to nothing.
+STATE_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, per component of training, and the bytes there are for all of them together."""
+
+    base_weights: int
+    adapter: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    working_space: int
+    available: int
+
+    @property
+    def needed(self) -> int:
+        return (
+            self.base_weights + self.adapter + self.gradients + self.optimizer_states + self.activations
+            + self.working_space
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        rows = [
+            ("base weights", self.base_weights),
+            ("adapter", self.adapter),
+            ("gradients", self.gradients),
+            ("optimiser states", self.optimizer_states),
+            ("activations kept", self.activations),
+            ("working space", self.working_space),
+            ("needed, about", self.needed),
+            ("there is", self.available),
+        ]
+        return "memory (estimate)\n" + "\n".join(f"  {name:<18}{size / MIB:>12,.0f} MiB" for name, size in rows)
+
+
+class OutOfMemory(Exception):
+    """Memory ran out. The message is the advice to print."""
+
+
+@contextmanager
+def advice_when_exhausted(options: Options, estimate: Estimate | None = None) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or a CPU, into OutOfMemory; every other error passes unchanged."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}\n{advice(options, estimate)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError on a GPU, and a bare RuntimeError where the CPU's allocator fails."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def estimate(model: Any, options: Options, longest_row: int, device: torch.device) -> Estimate:
+    """Estimate for an adapted model on `device`, trained on rows of at most `longest_row` tokens.
+
+    Weights and adapter are counted exactly. What the forward pass keeps for backward is measured on one short row and
+    scaled by the number of tokens: right for attention that does not keep its scores (sdpa, flash), too low for eager.
+    """
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    adapter, base = _bytes(trainable), _bytes(_weights(model)) - _bytes(trainable)
+    tokens = options.batch_size * longest_row
+    probe = min(longest_row, PROBE_TOKENS)
+    activations = kept_for_backward(model, probe, options.dtype, device) * tokens // probe
+    if options.gradient_checkpointing:
+        activations = _with_checkpointing(activations, model, tokens, options.dtype)
+    widest = max(
+        (module.in_features * module.out_features for module in model.modules() if _is_linear(module)), default=0
+    )
+    logits = tokens * model.config.get_text_config().vocab_size * 4  # their gradient, in fp32
+    return Estimate(
+        base_weights=base,
+        adapter=adapter,
+        gradients=adapter,
+        optimizer_states=sum(weight.numel() for weight in trainable) * STATE_BYTES[options.optimizer],
+        activations=activations,
+        working_space=logits + widest * options.dtype.itemsize,
+        available=available_bytes(device) + base + adapter,  # both are loaded already
+    )
+
+
+def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of distinct storages, weights aside, that one row's forward pass with loss saves for backward."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in _weights(model)}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    model.train()
+    generators = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=generators),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        loss = model(input_ids=ids, labels=ids).loss  # held to the end: a freed storage's address would be counted once
+    del loss
+    return sum(kept.values())
+
+
+def _with_checkpointing(activations: int, model: Any, tokens: int, dtype: torch.dtype) -> int:
+    """One input per layer, and all activations of the one layer that is being recomputed."""
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    return layers * tokens * config.hidden_size * dtype.itemsize + activations // layers
+
+
+def _weights(model: Any) -> list[torch.Tensor]:
+    """Parameters, buffers and the scales of k-bit weights, which are neither."""
+    quantized = (quantized_weight(module) for module in model.modules())
+    scales = (tensor for weight in quantized if weight is not None for tensor in weight.tensors())
+    return [*model.parameters(), *model.buffers(), *scales]
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages of these tensors; tied weights count once."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),  # cgroup 2, as containers see it
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # cgroup 1
+    ):
+        limit, used = Path("/sys/fs/cgroup", limit_file), Path("/sys/fs/cgroup", used_file)
+        if limit.is_file() and used.is_file() and (value := limit.read_text().strip()) != "max":
+            free = min(free, int(value) - int(used.read_text()))
+    return free
+
+
+def advice(options: Options, estimate: Estimate | None) -> str:
+    """Options to lower, the largest saving first, with about how much each saves where there is an estimate."""
+    base, states, activations = (
+        (estimate.base_weights, estimate.optimizer_states, estimate.activations + estimate.working_space)
+        if estimate
+        else (0, 0, 0)
+    )
+    ways = []
+    if options.bits == 16:
+        ways.append((base * 7 // 10, "--bits 4"))
+    if options.batch_size > 1:
+        half, twice = options.batch_size // 2, options.gradient_accumulation * 2
+        saved = activations - activations * half // options.batch_size
+        ways.append((saved, f"--batch-size {half} --gradient-accumulation {twice} (the same training)"))
+    if not options.gradient_checkpointing:
+        ways.append((activations * 7 // 10, "--gradient-checkpointing (about a third slower)"))
+    if options.sequence_length > 256:
+        ways.append((activations // 2, f"--sequence-length {options.sequence_length // 2}"))
+    if torch.cuda.is_available() and options.optimizer == "adamw":
+        ways.append((states * 3 // 4, "--optimizer paged_adamw_8bit"))
+    if options.rank > 8:
+        ways.append((states // 2, f"--rank {options.rank // 2}"))
+    ways.append((0, "a smaller --model"))
+    ways.sort(key=lambda way: -way[0])
+    lines = (f"  {way}" + (f": about {saved / MIB:,.0f} MiB less" if saved else "") for saved, way in ways)
+    return "to need less, in this order:\n" + "\n".join(lines)

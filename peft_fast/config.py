@@ -52,6 +52,9 @@ class PeftConfig:
             if self.task_type not in names:
                 raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
             self.task_type = TaskType(self.task_type)
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         self.peft_version = self.peft_version or PEFT_VERSION
 
     @classmethod

@@ -33,7 +33,7 @@ def prepare_model_for_kbit_training(
         torch.cuda.empty_cache()
     if kbit and use_gradient_checkpointing:
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
-            _make_inputs_require_grad(model)
+            make_inputs_require_grad(model)
         _checkpoint_activations(model, gradient_checkpointing_kwargs)
     return model
 
@@ -45,7 +45,7 @@ def _checkpoint_activations(model: Any, options: dict[str, Any] | None) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _make_inputs_require_grad(model: Any) -> None:
+def make_inputs_require_grad(model: Any) -> None:
     """Reentrant checkpointing passes gradients on only if a block's inputs want them; frozen embeddings do not."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()

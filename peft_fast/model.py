@@ -29,6 +29,7 @@ from .checkpoint import (
 )
 from .config import CONFIG_NAME, PeftConfig
 from .files import write_together
+from .kbit import make_inputs_require_grad
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
 from .tuners.base import BaseTuner
@@ -60,8 +61,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.peft_type = peft_config.peft_type
         self._adapters_disabled = False
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            # Reentrant checkpointing passes gradients on only if its inputs want them; frozen embeddings do not.
-            model.enable_input_require_grads()  # type: ignore[operator]
+            make_inputs_require_grad(model)
 
     # ---- which adapters there are --------------------------------------------------------------------------------
 

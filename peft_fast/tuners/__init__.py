@@ -22,9 +22,9 @@ def tuner_class(peft_type: PeftType | str | None) -> type[BaseTuner]:
 
 
 def _method(peft_type: PeftType | str | None) -> tuple[type[PeftConfig], type[BaseTuner]]:
-    if peft_type in METHODS:
-        return METHODS[PeftType(peft_type)]
     built = [method.value for method in METHODS]
+    if peft_type in built:
+        return METHODS[PeftType(peft_type)]
     if peft_type in [known.value for known in PeftType]:
         raise NotImplementedError(
             f"peft_type {PeftType(peft_type).value} is not built in peft_fast yet: there is {', '.join(built)}"

@@ -51,7 +51,7 @@ class LoraConfig(PeftConfig):
     target_modules: names of modules (the whole path or its end), or one regular expression for the whole path, or
       "all-linear" (all but the output layer), or None (by the model's architecture). exclude_modules: likewise, taken
       away.
-    lora_dropout: probability, on the adapter's input. fan_in_fan_out: weights lie [in, out]; no layer so far has them so.
+    lora_dropout: probability, on the adapter's input. fan_in_fan_out: weights lie [in, out], as in no layer so far.
     bias: which biases of the base model are trained: "none", "all", "lora_only" (those of adapted layers).
     lora_bias: B has a bias of its own.
     init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero), or False
@@ -118,13 +118,8 @@ class LoraConfig(PeftConfig):
     def check(self) -> None:
         """Raise for what cannot be done. Called again before an adapter is made: attributes can be set."""
         _check_built(self)
+        _check_types(self)
         _check_numbers(self)
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if not (value is None or isinstance(value, str) or _are_strings(value)):
-                raise TypeError(f"{name} must be names or one regular expression, got {value!r}")
-        if self.modules_to_save is not None and not _are_strings(self.modules_to_save):
-            raise TypeError(f"modules_to_save must be a list of module names, got {self.modules_to_save!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         if isinstance(self.target_modules, str):
@@ -157,6 +152,23 @@ def _check_built(config: LoraConfig) -> None:
             f"LoraConfig option init_lora_weights={init!r} is not built in peft_fast yet: use True, False or 'gaussian'"
         )
     raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init!r}")
+
+
+def _check_types(config: LoraConfig) -> None:
+    rules: list[tuple[str, str, bool]] = []
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        fits = value is None or isinstance(value, str) or _are_strings(value)
+        rules.append((name, "a list of module names or one regular expression", fits))
+    saved = config.modules_to_save
+    rules.append(("modules_to_save", "a list of module names", saved is None or _are_strings(saved)))
+    for name in ("rank_pattern", "alpha_pattern"):
+        rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
+    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+        rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
+    for name, rule, fits in rules:
+        if not fits:
+            raise TypeError(f"{name} must be {rule}, got {getattr(config, name)!r}")
 
 
 def _check_numbers(config: LoraConfig) -> None:

@@ -1,0 +1,207 @@
+"""The functional API on the torch route: values and every gradient against fp64, and what an op must do besides."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from peft_fast import ops
+from peft_fast.kernels import dropout, reference
+from peft_fast.quant import blockwise
+from peft_fast.testing import assert_as_accurate_as_torch
+
+from .lora_cases import LoraCase, autograd_truth, check_against_fp64, make_case
+
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "fp4"])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 8), (7, 33, 71, 1), (64, 128, 96, 17), (0, 64, 32, 4)], ids=str)
+def test_lora_linear(base, dtype, adapter, p, shape):
+    check_against_fp64(make_case(*shape, dtype, adapter, base, p), backend="torch")
+
+
+def test_every_subset_of_gradients():
+    """What is not asked for is None and what is asked for does not change with the rest."""
+    case = make_case(9, 32, 48, 4, torch.float32, torch.float32, "dense", 0.1)
+    everything = case.run("torch", needs=("x", "A", "B", "bias", "weight"))
+    names = ("x", "A", "B", "bias", "weight")
+    for n in range(1, 6):
+        for needs in itertools.combinations(names, n):
+            grads = case.run("torch", needs=needs)
+            assert set(grads) == {"y", *needs}
+            for name in needs:
+                torch.testing.assert_close(grads[name], everything[name])
+
+
+def test_strided_and_broadcast_x():
+    case = make_case(12, 64, 32, 8, torch.float32, torch.float32, "nf4", 0.0)
+    strided = torch.randn(12, 128)[:, ::2]
+    broadcast = torch.randn(1, 64).expand(12, 64)
+    transposed = torch.randn(64, 12).t()
+    for x in (strided, broadcast, transposed, torch.randn(2, 3, 2, 64)):
+        y = ops.lora_linear(x, case.weight, case.A, case.B, case.scale, case.bias)
+        assert y.shape == (*x.shape[:-1], 32)
+        expected = ops.lora_linear(x.contiguous().view(-1, 64), case.weight, case.A, case.B, case.scale, case.bias)
+        torch.testing.assert_close(y.reshape(-1, 32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_the_two_halves(dtype, p):
+    """lora_down and lora_up_add against fp64, bias on B included; y is not written to."""
+    x, A = torch.randn(2, 7, 48, dtype=dtype), torch.randn(5, 48) / 7
+    B, bias, y = torch.randn(36, 5), torch.randn(36), torch.randn(2, 7, 36, dtype=dtype)
+    key = dropout.new_key("cpu")
+    before, leaves = y.clone(), [t.requires_grad_() for t in (x, A, B, bias, y)]
+
+    def halves(x, A, B, bias, y):
+        s = ops.lora_down(x, A, dropout_p=p, dropout_key=key)
+        return ops.lora_up_add(y, s, B, 1.5, bias)
+
+    def plain(x, A, B, bias, y):
+        s = reference.lora_down(x.reshape(14, 48), A, p, key)
+        return y + bias.to(y.dtype) + 1.5 * (s @ B.to(s.dtype).t()).view(y.shape)
+
+    d_out = torch.randn(2, 7, 36, dtype=dtype)
+    results = [halves(*leaves), *torch.autograd.grad(halves(*leaves), leaves, d_out)]
+    by_torch = [plain(*leaves), *torch.autograd.grad(plain(*leaves), leaves, d_out)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth = [plain(*wide), *torch.autograd.grad(plain(*wide), wide, d_out.double())]
+    for name, r, t, exact, leaf in zip(["out", "dx", "dA", "dB", "dbias", "dy"], results, by_torch, truth, [y, *leaves]):
+        assert r.dtype == leaf.dtype
+        assert_as_accurate_as_torch(name, r, t, exact)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_autocast_casts_x_and_nothing_else(base):
+    """fp32 x, A, B and base under bf16 autocast: as accurate as torch under autocast, and no fp32 copy is kept."""
+    case = make_case(33, 64, 96, 8, torch.float32, torch.float32, base, 0.0)
+    saved = []
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t) or t, lambda t: t
+    ):
+        got = case.run("torch")
+        by_torch = autograd_truth(case, lambda t: t, under_autocast=True)
+    assert got["y"].dtype == torch.bfloat16
+    truth = autograd_truth(case, torch.Tensor.double)
+    for name, value in got.items():
+        assert_as_accurate_as_torch(name, value, by_torch[name].to(value.dtype), truth[name])
+
+
+def test_saved_for_backward_is_x_s_and_the_parameters():
+    for base, p in itertools.product(("dense", "nf4"), (0.0, 0.1)):
+        case = make_case(64, 128, 96, 8, torch.bfloat16, torch.float32, base, p)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            case.call("torch", case.leaves(("x", "A", "B")))
+        known = {t.data_ptr() for t in [case.A, case.B, *case.weight_tensors()]}
+        rest = sorted(t.nbytes for t in saved if t.data_ptr() not in known)
+        assert rest == sorted([64 * 128 * 2, 64 * 8 * 2] + ([8] if p else []))  # x, s, the dropout key
+
+
+def test_recomputation_under_checkpointing_draws_the_same_masks():
+    case = make_case(16, 64, 32, 4, torch.float32, torch.float32, "dense", 0.3)
+
+    def layer(x, A, B):
+        key = ops.new_dropout_key("cpu")
+        return ops.lora_linear(x, case.weight, A, B, 2.0, dropout_p=0.3, dropout_key=key).tanh()
+
+    results = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(11)
+        leaves = case.leaves(("x", "A", "B"))
+        inputs = [leaves["x"], leaves["A"], leaves["B"]]
+        if reentrant is None:
+            y = layer(*inputs)
+        else:
+            y = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=reentrant)
+        results.append(torch.autograd.grad(y.sum(), inputs) if not reentrant else _backward(y, inputs))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def _backward(y, inputs):
+    y.sum().backward()
+    return [t.grad for t in inputs]
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_compiles_whole_with_two_graphs_as_m_varies(base):
+    case = make_case(8, 64, 32, 4, torch.float32, torch.float32, base, 0.0)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(x, A, B, key):
+        return ops.lora_linear(x, case.weight, A, B, 2.0, case.bias, dropout_p=0.1, dropout_key=key).relu()
+
+    compiled = torch.compile(f, backend=counter, fullgraph=True)
+    for M in (2, 5, 8, 16, 33, 64):
+        x = torch.randn(M, 64)
+        key, leaves = ops.new_dropout_key("cpu"), [t.clone().requires_grad_() for t in (x, case.A, case.B)]
+        results = []
+        for function in (compiled, f):
+            y = function(*leaves, key)
+            results.append([y, *torch.autograd.grad(y.sum(), leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_opcheck(base, p):
+    opcheck_all(make_case(8, 64, 32, 4, torch.float32, torch.float32, base, p), "torch")
+
+
+def opcheck_all(case: LoraCase, backend: str) -> None:
+    """torch's own checks of schema, fake tensors and tracing for every op, on one case."""
+    tensors, fmt = (case.weight.tensors(), str(case.weight.format)) if case.quantized else ([case.weight], "")
+    x, A, B, key, p = case.x, case.A, case.B, case.key if case.p else None, case.p
+    s, dy = torch.randn(x.shape[0], A.shape[0]), torch.randn(x.shape[0], B.shape[0])
+    lib = torch.ops.peft_fast
+    calls = [
+        (lib.lora_linear, (x, tensors, fmt, case.bias, A, B, 2.0, p, key, backend)),
+        (lib.lora_linear_backward, (dy, x, s, tensors, fmt, A, B, 2.0, p, key, [True, True, True], backend)),
+        (lib.lora_linear_backward, (dy, x, s, tensors, fmt, A, B, 2.0, p, key, [False, True, False], backend)),
+        (lib.lora_down, (x, A, p, key, backend)),
+        (lib.lora_down_backward, (s, x, A, p, key, [True, True], backend)),
+        (lib.lora_up_add_, (dy.clone(), s, B, 2.0, case.bias, backend)),
+        (lib.lora_up_backward, (dy, s, B, 2.0, [True, True], backend)),
+    ]
+    if fmt:
+        calls += [
+            (lib.dequantize, (tensors, fmt, torch.float32, backend)),
+            (lib.quant_matmul, (x, tensors, fmt, case.bias, backend)),
+            (lib.quant_matmul_dx, (dy, tensors, fmt, backend)),
+        ]
+    for op, args in calls:
+        torch.library.opcheck(op.default, args)
+
+
+def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
+    case = make_case(4, 32, 16, 2, torch.float32, torch.float32, "dense", 0.0)
+    x, W, A, B = case.x, case.weight, case.A, case.B
+    with pytest.raises(ValueError, match=r"x must have K=32 features .* got \(4, 31\)"):
+        ops.lora_linear(x[:, 1:], W, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"A must be \[R, 32\] and B \[16, R\], got \(2, 31\)"):
+        ops.lora_linear(x, W, A[:, 1:], B, 1.0)
+    with pytest.raises(TypeError, match=r"x is torch.float16 but the weight is torch.float32: cast one"):
+        ops.lora_linear(x.half(), W, A, B, 1.0)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 1.5"):
+        ops.lora_linear(x, W, A, B, 1.0, dropout_p=1.5)
+    with pytest.raises(ValueError, match=r"needs dropout_key"):
+        ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"backend must be one of auto, triton, torch, got 'cuda'"):
+        ops.lora_linear(x, W, A, B, 1.0, backend="cuda")
+    with pytest.raises(ValueError, match=r"A must be \[R, K\] with K=32"):
+        ops.lora_down(x, A[:, 1:])
+    with pytest.raises(ValueError, match=r"y must be \[..., 16\]"):
+        ops.lora_up_add(x, x[:, :2], B, 1.0)
+    with pytest.raises(TypeError, match=r"one dtype"):
+        ops.lora_up_add(torch.zeros(4, 16), x[:, :2].half(), B, 1.0)
+    with pytest.raises(ValueError, match=r"x must have K=32"):
+        ops.quant_matmul(x[:, 1:], blockwise.quantize(W))

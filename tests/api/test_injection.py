@@ -1,0 +1,252 @@
+"""The mechanism that all methods share: putting adapters into a model, switching them, taking them out."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_fast import LoraConfig, PeftModel, get_peft_model
+from peft_fast.transaction import unchanged_on_error
+from peft_fast.tuners import BaseTunerLayer, ModulesToSaveWrapper
+from peft_fast.tuners.lora import Linear
+
+
+def adapted(model, **options):
+    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **options}))
+
+
+def graph(model):
+    return [(name, id(module)) for name, module in model.named_modules()]
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class Mixture(nn.Module):
+    """Layers whose last names say little."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.ModuleDict({"proj": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        self.other = nn.ModuleDict({"proj": nn.LayerNorm(4), "out": nn.Linear(4, 4)})
+
+
+def test_layers_stand_where_the_targets_stood(llama):
+    base = llama()
+    before = dict(base.named_modules())
+    model = adapted(base, target_modules=["q_proj", "down_proj"])
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            assert module.base_layer is before[name]
+    names = [f"model.layers.{i}.{end}" for i in (0, 1) for end in ("self_attn.q_proj", "mlp.down_proj")]
+    assert model.base_model.targeted_module_names == names
+    assert repr(base.model.layers[0].self_attn.q_proj).startswith("lora.Linear(")
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_unload_gives_the_same_objects_back(llama, trained, options):
+    base = llama(attention_bias=True)
+    before, values = graph(base), {name: p.clone() for name, p in base.named_parameters()}
+    returned = trained(adapted(base, target_modules="all-linear", **options)).unload()
+    assert returned is base
+    assert graph(base) == before
+    assert all(torch.equal(values[name], parameter) for name, parameter in base.named_parameters())
+
+
+def test_all_linear_names_layers_by_their_shortest_unambiguous_ends(llama):
+    assert adapted(llama(), target_modules="all-linear").peft_config["default"].target_modules == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    model = adapted(Mixture(), target_modules="all-linear")
+    assert model.peft_config["default"].target_modules == {"tower.proj", "out"}
+    assert model.base_model.targeted_module_names == ["tower.proj", "other.out"]
+
+
+def test_a_second_all_linear_adapter_does_not_adapt_the_first(llama):
+    model = adapted(llama(), target_modules="all-linear")
+    names = list(model.base_model.targeted_module_names)
+    model.add_adapter("other", LoraConfig(target_modules="all-linear"))
+    assert model.base_model.targeted_module_names == names
+
+
+def test_a_second_adapter_waits_to_be_set(llama, trained, tokens):
+    model = adapted(llama(), modules_to_save=["lm_head"])
+    first = trainable(model)
+    before = model(tokens).logits
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "k_proj"], modules_to_save=["lm_head"]))
+    trained_other = {n: p for n, p in model.named_parameters() if ".other." in n}
+    for parameter in trained_other.values():
+        parameter.data += 0.1
+    assert trainable(model) == first
+    assert torch.equal(model(tokens).logits, before)
+    model.set_adapter("other")
+    assert (model.active_adapter, model.active_adapters) == ("other", ["other"])
+    assert trainable(model) == set(trained_other)
+    assert not torch.equal(model(tokens).logits, before)
+    model.set_adapter("default")
+    assert trainable(model) == first
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_deleting_adapters(llama, trained, tokens):
+    model = adapted(llama(), modules_to_save=["lm_head"])
+    without = model(tokens).logits
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    trained(model)
+    with pytest.warns(UserWarning, match="'other' is active now"):
+        model.delete_adapter("default")
+    assert model.active_adapter == "other"
+    assert not any(".default." in name for name in model.state_dict())
+    assert trainable(model) == {name for name in model.state_dict() if ".other." in name}
+    model.delete_adapter("other")
+    assert model.active_adapters == []
+    assert torch.equal(model(tokens).logits, without)
+    with pytest.raises(ValueError, match="'other' does not exist"):
+        model.delete_adapter("other")
+
+
+def test_a_merged_adapter_cannot_be_deleted(llama):
+    model = adapted(llama())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter first"):
+        model.delete_adapter("default")
+
+
+def test_disabling_restores_what_was_trainable_and_nothing_else(llama, trained, tokens):
+    base = llama()
+    reference = base(tokens).logits
+    model = trained(adapted(base, modules_to_save=["lm_head"]))
+    model.add_adapter("frozen", LoraConfig(target_modules=["k_proj"]))
+    before, flags = model(tokens).logits, trainable(model)
+    with model.disable_adapter():
+        assert torch.equal(model(tokens).logits, reference)
+        assert trainable(model) == set()
+        with model.disable_adapter():
+            pass
+        assert torch.equal(model(tokens).logits, reference)
+    assert torch.equal(model(tokens).logits, before)
+    assert trainable(model) == flags
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert trainable(model) == flags
+
+
+def test_an_inference_adapter_stays_frozen_when_it_was_disabled(llama):
+    model = adapted(llama(), inference_mode=True)
+    with model.disable_adapter():
+        pass
+    assert trainable(model) == set()
+
+
+def test_modules_to_save_answers_for_the_module(llama, trained, tokens):
+    base = llama()
+    head = base.lm_head
+    model = adapted(base, modules_to_save=["lm_head"])
+    wrapper = base.lm_head
+    assert isinstance(wrapper, ModulesToSaveWrapper)
+    assert (wrapper.in_features, wrapper.original_module) == (64, head)
+    assert wrapper.weight is wrapper.modules_to_save["default"].weight
+    assert trainable(model) >= {"base_model.model.lm_head.modules_to_save.default.weight"}
+    trained(model)
+    logits = model(tokens).logits
+    assert torch.allclose(model.merge_and_unload()(tokens).logits, logits, atol=1e-5)
+    assert base.lm_head is not head
+
+
+def test_two_copies_of_a_module_cannot_be_active_at_once(llama, untouched):
+    model = adapted(llama(), modules_to_save=["lm_head"])
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with untouched(model), pytest.raises(ValueError, match="outputs of whole modules cannot be summed"):
+        model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+
+
+def test_injection_that_fails_half_way_leaves_the_model_as_it_was(llama, untouched, monkeypatch):
+    calls = []
+    update = Linear.update_layer
+
+    def fail_at_the_third(self, *args, **kwargs):
+        calls.append(self)
+        update(self, *args, **kwargs)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    base = llama()
+    monkeypatch.setattr(Linear, "update_layer", fail_at_the_third)
+    with untouched(base), pytest.raises(RuntimeError, match="out of memory"):
+        adapted(base, target_modules="all-linear", modules_to_save=["lm_head"])
+    monkeypatch.undo()
+
+    model = adapted(base, target_modules="all-linear", modules_to_save=["lm_head"])
+    calls.clear()
+    monkeypatch.setattr(Linear, "update_layer", fail_at_the_third)
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head", "norm"])
+    with untouched(model), pytest.raises(RuntimeError, match="out of memory"):
+        model.add_adapter("other", config)
+    assert list(model.peft_config) == ["default"]
+    assert config.target_modules == "all-linear"
+
+
+def test_the_transaction_keeps_containers_and_hooks_themselves():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.numbers = {"a": 1}
+    handle = model[0].register_forward_hook(lambda *args: None)
+    containers = [model._modules, model.numbers, model[0]._forward_hooks]
+
+    def change_everything():
+        model[1] = nn.Identity()
+        model.extra = nn.Linear(1, 1)
+        model.numbers["b"] = 2
+        model[0].weight.requires_grad_(False)
+        model[0].register_forward_hook(print)
+        model.eval()
+        raise KeyError
+
+    with pytest.raises(KeyError), unchanged_on_error(model):
+        change_everything()
+    assert isinstance(model[1], nn.Linear)
+    assert not hasattr(model, "extra")
+    assert model.numbers == {"a": 1}
+    assert model[0].weight.requires_grad
+    assert model.training
+    assert containers[0] is model._modules
+    assert containers[1] is model.numbers
+    assert containers[2] is model[0]._forward_hooks
+    assert len(model[0]._forward_hooks) == 1
+    handle.remove()
+    assert len(model[0]._forward_hooks) == 0
+
+
+def test_low_cpu_mem_usage_makes_adapters_on_meta(llama):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]), low_cpu_mem_usage=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta == ("lora_" in name)
+
+
+def test_layers_that_are_named_but_absent_are_warned_of(llama):
+    with pytest.warns(UserWarning, match=r"target_modules \['q_prj'\] match nothing: did you mean q_proj"):
+        adapted(llama(), target_modules=["q_prj", "v_proj"])
+    with pytest.warns(UserWarning, match=r"exclude_modules \['nothing'\] match nothing"):
+        adapted(llama(), exclude_modules=["nothing"])
+    with pytest.warns(UserWarning, match=r"rank_pattern keys \['k_proj'\] match no target"):
+        adapted(llama(), rank_pattern={"k_proj": 3})
+
+
+def test_a_second_get_peft_model_warns(llama):
+    base = llama()
+    adapted(base)
+    with pytest.warns(UserWarning, match="has adapters already"):
+        get_peft_model(base, LoraConfig(target_modules=["k_proj"]), adapter_name="second")
+
+
+def test_fan_in_fan_out_is_reset_for_linear_layers(llama):
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = adapted(llama(), fan_in_fan_out=True)
+    assert not model.peft_config["default"].fan_in_fan_out
+
+
+def test_a_plain_module_can_be_adapted():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), LoraConfig(target_modules=["0"]))
+    assert type(model) is PeftModel
+    assert model(torch.ones(3, 4)).shape == (3, 2)
+    assert trainable(model) == {f"base_model.model.0.lora_{m}.default.weight" for m in "AB"}

@@ -1,0 +1,255 @@
+"""LoRA around one linear layer, dense or 4-bit: what it computes, and merging."""
+
+import copy
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from peft_fast import LoraConfig, ops
+from peft_fast.quant import blockwise
+from peft_fast.quant.bitsandbytes import read_linear
+from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.quantized_linear import QuantizedLinear
+from peft_fast.tuners.lora import Linear
+
+K, N, R = 64, 48, 4
+BASES = ("dense", "bitsandbytes", "ours")
+
+
+def base_layer(kind: str, dtype=torch.float32, bias=True) -> nn.Module:
+    linear = nn.Linear(K, N, bias, dtype=dtype).requires_grad_(False)
+    if kind == "ours":
+        return QuantizedLinear.from_linear(linear)
+    if kind == "bitsandbytes":
+        layer = bitsandbytes.nn.Linear4bit(K, N, bias, compute_dtype=dtype, quant_type="nf4")
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu").requires_grad_(False)
+    return linear
+
+
+def lora(kind="dense", dtype=torch.float32, bias=True, **options) -> Linear:
+    """A layer whose adapter does something."""
+    config = LoraConfig(**{"r": R, "lora_alpha": 8, "init_lora_weights": False, **options})
+    layer = Linear(base_layer(kind, dtype, bias), "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
+    layer.set_adapter("default")
+    return layer
+
+
+def base_matrix(layer: Linear) -> torch.Tensor:
+    weight = layer.base_weight()
+    return blockwise.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
+
+
+def expected(layer: Linear, x: torch.Tensor, names=("default",)) -> torch.Tensor:
+    y = nn.functional.linear(x, base_matrix(layer), layer.bias)
+    for name in names:
+        y = y + layer.scaling[name] * layer.lora_B[name](layer.lora_A[name](x))
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lora_bias", [True, False])
+@pytest.mark.parametrize("kind", BASES)
+def test_forward_and_gradients_are_the_formulas(kind, bias, lora_bias):
+    layer = lora(kind, bias=bias, lora_bias=lora_bias)
+    layer.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False, lora_bias=lora_bias))
+    for names in (["default"], ["default", "other"], ["other"], ["default", "absent"]):
+        layer.set_adapter(names)
+        present = [name for name in names if name != "absent"]
+        grads = []
+        for function in (layer, lambda x, present=present: expected(layer, x, present)):
+            x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            layer.zero_grad()
+            y = function(x)
+            (y * torch.linspace(-1, 1, N)).sum().backward()
+            grads.append([y, x.grad, *(p.grad.clone() for n in present for p in layer.adapter_parameters(n))])
+        for ours, theirs in zip(*grads):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_disabled_and_merged_layers_are_base_layers(kind):
+    layer, x = lora(kind), torch.randn(3, K)
+    plain = nn.functional.linear(x, base_matrix(layer), layer.bias)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), plain)
+    layer.enable_adapters(True)
+    with_adapter = layer(x)
+    assert not torch.allclose(with_adapter, plain, atol=1e-2)
+    layer.merge()
+    merged = nn.functional.linear(x, base_matrix(layer), layer.bias)
+    torch.testing.assert_close(layer(x), merged)
+    if kind == "dense":
+        torch.testing.assert_close(merged, with_adapter)
+    layer.enable_adapters(False)  # a merged adapter is taken out to be disabled
+    if kind == "dense":
+        torch.testing.assert_close(layer(x), plain)
+    assert not (layer(x), layer.merged)[1]
+
+
+def test_a_4bit_layer_never_runs_bitsandbytes_own_forward():
+    """It would repack the weight in eval mode on CPUs with bf16 instructions, and lose gradients from then on."""
+    layer = lora("bitsandbytes").eval()
+    before = read_linear(layer.base_layer)
+    with torch.no_grad():
+        layer(torch.randn(2, K))
+        layer.enable_adapters(False)
+        layer(torch.randn(2, K))
+    after = read_linear(layer.base_layer)
+    assert after.data.data_ptr() == before.data.data_ptr()
+    layer.enable_adapters(True)
+    x = torch.randn(2, K, requires_grad=True)
+    layer.train()(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "ours"])
+def test_dropout_is_the_adapters_own_and_only_in_training(kind):
+    layer, x = lora(kind, lora_dropout=0.5), torch.ones(200, K)
+    assert torch.equal(layer.eval()(x), layer(x))
+    torch.testing.assert_close(layer(x), expected(layer, x))
+    layer.train()
+    torch.manual_seed(1)
+    first = layer(x)
+    assert not torch.equal(first, layer(x))
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
+    torch.testing.assert_close(first.mean(0), expected(layer, x)[0], atol=0.2, rtol=0)
+    layer.lora_dropout["default"].p = 1.0
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, base_matrix(layer), layer.bias))
+
+
+def test_dropout_of_a_second_adapter():
+    layer, x = lora(lora_dropout=0.5), torch.ones(200, K)
+    layer.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False, lora_dropout=0.5))
+    layer.set_adapter(["default", "other"])
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout["default"].p = layer.lora_dropout["other"].p = 1.0
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, base_matrix(layer), layer.bias))
+
+
+def test_one_call_does_the_base_layer_and_the_adapter(monkeypatch):
+    calls = []
+    for name in ("lora_linear", "lora_down", "lora_up_add", "quant_matmul"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, f=function, n=name, **k: calls.append((n, k["backend"])) or f(*a, **k)
+        )
+    layer = lora(lora_bias=True)
+    layer.backend = "torch"
+    layer(torch.randn(2, K))
+    assert calls == [("lora_linear", "torch")]
+    layer.update_layer("other", 3, 5, LoraConfig())
+    layer.set_adapter(["default", "other"])
+    layer(torch.randn(2, K))
+    assert [name for name, _ in calls[1:]] == ["lora_linear", "lora_down", "lora_up_add"]
+    calls.clear()
+    quantized = lora("ours")
+    quantized.enable_adapters(False)
+    quantized(torch.randn(2, K))
+    assert calls == [("quant_matmul", None)]
+
+
+def test_a_base_layer_that_does_more_than_multiply_is_called():
+    x = torch.randn(2, K)
+    layer = lora()
+    right = expected(layer, x)
+    handle = layer.base_layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(layer(x), right + 1)
+    handle.remove()
+
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    layer.base_layer.__class__ = Doubled
+    torch.testing.assert_close(layer(x), right + nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_dtypes(kind):
+    half = lora(kind, torch.bfloat16)
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    for name in ("lora_A", "lora_B"):
+        getattr(half, name)["default"].float()
+    assert half(x).dtype == torch.bfloat16
+    if kind == "bitsandbytes":  # its compute_dtype decides, and the result comes back in x's dtype
+        assert half(x.float()).dtype == torch.float32
+        torch.testing.assert_close(half(x.float()), half(x).float())
+    full = lora(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert full(torch.randn(3, K)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_merging(kind):
+    layer, x = lora(kind), torch.randn(3, K)
+    before, delta = base_matrix(layer).clone(), layer.get_delta_weight("default")
+    torch.testing.assert_close(delta, 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    layer.merge(safe_merge=True)
+    assert (layer.merged, layer.merged_adapters) == (True, ["default"])
+    if kind == "dense":
+        torch.testing.assert_close(base_matrix(layer), before + delta)
+    else:
+        old = layer.base_weight()
+        again = blockwise.quantize(before + delta, old.quant_type, old.blocksize, old.nested is not None, old.dtype)
+        assert torch.equal(base_matrix(layer), blockwise.dequantize(again))
+    with pytest.warns(UserWarning, match="merged already: nothing to merge"):
+        layer.merge()
+    layer.unmerge()
+    assert not layer.merged
+    if kind == "dense":
+        torch.testing.assert_close(base_matrix(layer), before)
+    with pytest.warns(UserWarning, match="no adapter is merged"):
+        layer.unmerge()
+    assert layer(x).shape == (3, N)
+
+
+def test_merging_rounds_once():
+    """bf16(fp32(W) + delta), not bf16(W) + bf16(delta)."""
+    layer = lora(dtype=torch.bfloat16)
+    for name in ("lora_A", "lora_B"):
+        getattr(layer, name)["default"].float()
+    weight = layer.weight.clone()
+    layer.merge()
+    exact = weight.double() + layer.get_delta_weight("default").double()
+    assert torch.equal(layer.weight, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_safe_merge_refuses_what_is_not_finite(kind, value, untouched):
+    layer = lora(kind)
+    layer.lora_B["default"].weight.data[3, 1] = value
+    with untouched(layer), pytest.raises(ValueError, match="inf or NaN"):
+        layer.merge(safe_merge=True)
+
+
+def test_merging_a_bias():
+    layer, x = lora(lora_bias=True), torch.randn(3, K)
+    before = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), before)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_a_bias_with_nothing_to_merge_into(untouched):
+    layer = lora(bias=False, lora_bias=True)
+    with untouched(layer), pytest.raises(ValueError, match="has a bias and the base layer has none"):
+        layer.merge()
+
+
+def test_merging_takes_a_list_of_names():
+    with pytest.raises(TypeError, match="must be a list of names"):
+        lora().merge(adapter_names="default")
+
+
+def test_layers_can_be_copied():
+    layer, x = lora("ours", lora_dropout=0.1).eval(), torch.randn(3, K)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    twin.lora_B["default"].weight.data.zero_()
+    assert not torch.equal(twin(x), layer(x))

@@ -18,15 +18,16 @@ def model_card(directory: Path, config: PeftConfig, quantized: Any) -> str:
     """
     old = directory / NAME
     card = ModelCard.load(old) if old.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n# Adapter\n")
+    data: Any = card.data
     base_model = config.base_model_name_or_path
     method = PeftType(config.peft_type).value.lower()
-    card.data.library_name = "peft"
-    tags = {*(card.data.tags or ()), method, "peft_fast", *([f"base_model:adapter:{base_model}"] if base_model else ())}
-    card.data.tags = sorted(tags)
+    data.library_name = "peft"
+    tags = {*(data.tags or ()), method, "peft_fast", *([f"base_model:adapter:{base_model}"] if base_model else ())}
+    data.tags = sorted(tags)
     if base_model:
-        card.data.base_model = base_model
-    if config.task_type == TaskType.CAUSAL_LM and not card.data.pipeline_tag:
-        card.data.pipeline_tag = "text-generation"
+        data.base_model = base_model
+    if config.task_type == TaskType.CAUSAL_LM and not data.pipeline_tag:
+        data.pipeline_tag = "text-generation"
     heading = "## Quantization of the base model in training"
     if quantized is not None and heading not in card.text:
         card.text += f"\n{heading}\n\n" + "".join(f"- {key}: {value}\n" for key, value in quantized.to_dict().items())

@@ -75,8 +75,8 @@ class BaseTuner(nn.Module):
         config.check()
         self._check_biases(config)
         resolved = self._resolved_targets(config)
-        paths = find_targets(self.model, config, resolved)
         saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
+        paths = find_targets(self.model, config, resolved)
         first = not self.peft_config
         kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
         with unchanged_on_error(self.model), torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -118,7 +118,7 @@ class BaseTuner(nn.Module):
         targets = config.target_modules
         if targets is None:
             model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-            targets = self.target_module_mapping.get(model_type)
+            targets = self.target_module_mapping.get(str(model_type))
             if targets is None:
                 raise ValueError(
                     f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "

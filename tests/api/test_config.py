@@ -149,6 +149,8 @@ def test_every_option_is_either_built_or_in_the_list():
         ({"task_type": "CHAT"}, "task_type must be one of"),
         ({"init_lora_weights": "zeros"}, "init_lora_weights must be"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, "layers_to_transform needs target_modules as a list"),
+        ({"target_modules": "[unclosed"}, "target_modules must be a regular expression, got '.unclosed'"),
+        ({"rank_pattern": {"*": 3}}, "rank_pattern must be a regular expression"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),
         ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias needs"),
     ],

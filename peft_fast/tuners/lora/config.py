@@ -4,6 +4,7 @@ So that files load both ways, options that are not built yet are here too. They 
 name: NOT_BUILT is the list.
 """
 
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -120,6 +121,7 @@ class LoraConfig(PeftConfig):
         _check_built(self)
         _check_types(self)
         _check_numbers(self)
+        _check_patterns(self)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         if isinstance(self.target_modules, str):
@@ -183,6 +185,23 @@ def _check_numbers(config: LoraConfig) -> None:
     p = config.lora_dropout
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"lora_dropout must be a probability from 0 to 1, got {p!r}")
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    layers = config.layers_pattern
+    patterns = {
+        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else [],
+        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else [],
+        "layers_pattern": [layers] if isinstance(layers, str) else layers or [],
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
+    for name, texts in patterns.items():
+        for text in texts:
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ValueError(f"{name} must be a regular expression, got {text!r}: {error}") from error
 
 
 def _are_strings(values: Any) -> bool:

@@ -62,10 +62,14 @@ class Linear(LoraLayer):
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.place_adapter(adapter_name)
 
+    def factors(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
+        """(A, B)"""
+        return self.lora_A[adapter_name], self.lora_B[adapter_name]  # type: ignore[return-value]
+
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """False leaves both matrices as nn.Linear draws them."""
-        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        A, B = self.factors(adapter_name)
         if init_lora_weights is False:
             return
         if init_lora_weights is True:
@@ -78,13 +82,13 @@ class Linear(LoraLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling[adapter_name] * (B.to(wide) @ A.to(wide))
+        A, B = self.factors(adapter_name)
+        wide = torch.promote_types(A.weight.dtype, torch.float32)
+        return self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
-        bias = self.lora_B[adapter_name].bias
-        return None if bias is None else self.scaling[adapter_name] * bias
+        _, B = self.factors(adapter_name)
+        return None if B.bias is None else self.scaling[adapter_name] * B.bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
@@ -109,19 +113,19 @@ class Linear(LoraLayer):
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         """The base layer and one adapter in one op."""
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        A, B = self.factors(name)
         bias, extra = self.bias, self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        dropout = self._dropout(name, x)
-        return ops.lora_linear(x, weight, A, B, self.scaling[name], bias, backend=self.backend, **dropout)
+        scale, dropout = self.scaling[name], self._dropout(name, x)
+        return ops.lora_linear(x, weight, A.weight, B.weight, scale, bias, backend=self.backend, **dropout)
 
     def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus what these adapters make of x."""
         for name in names:
-            s = ops.lora_down(x, self.lora_A[name].weight, backend=self.backend, **self._dropout(name, x))
-            bias = self.get_delta_bias(name)
-            y = ops.lora_up_add(y, s, self.lora_B[name].weight, self.scaling[name], bias, backend=self.backend)
+            A, B = self.factors(name)
+            s = ops.lora_down(x, A.weight, backend=self.backend, **self._dropout(name, x))
+            y = ops.lora_up_add(y, s, B.weight, self.scaling[name], self.get_delta_bias(name), backend=self.backend)
         return y
 
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:

@@ -52,15 +52,15 @@ class Row:
 
 
 def launches(quick: bool) -> Iterator[tuple[str, Launch]]:
-    """(variant, launch) for what the launchers do with real arguments. Shapes only matter by their divisibility by 16."""
-    ranks = (16, 80) if quick else (8, 16, 17, 32, 64, 80, 256)
-    shapes = {"aligned": (64, 64, 64)} if quick else {"aligned": (64, 64, 64), "odd": (33, 71, 67)}
+    """(variant, launch) for what the launchers do with real arguments. Shapes only matter by their divisibility by 16;
+    ranks by that, by their tile and by whether one tile is enough."""
+    aligned, odd = ((16, 80), ()) if quick else ((8, 16, 32, 64, 128), (17, 80))
     for dname, dtype in DTYPES.items():
-        for rank in ranks:
-            for sname, (M, N, K) in shapes.items():
-                for adapter in {dtype, torch.float32}:
-                    tag = f"{dname} R{rank} {sname}" + (" fp32-adapter" if adapter != dtype else "")
-                    yield from _lora(tag, dtype, adapter, M, N, K, rank, quick)
+        for rank in (*aligned, *odd):
+            sname, (M, N, K) = ("odd", (33, 71, 67)) if rank in odd else ("aligned", (64, 64, 64))
+            for adapter in dict.fromkeys((dtype, torch.float32)):
+                tag = f"{dname} R{rank} {sname}" + (" fp32-adapter" if adapter != dtype else "")
+                yield from _lora(tag, dtype, adapter, M, N, K, rank, quick)
         for quant_type, G, nested in [("nf4", 64, True), ("fp4", 64, False), ("nf4", 32, True), ("nf4", 4096, True)]:
             weight = blockwise.quantize(torch.zeros(64, 128), quant_type, G, nested)
             with record() as calls:
@@ -100,10 +100,10 @@ def measure(variant: str, launch: Launch, target: int) -> Row:
         fma=len(re.findall(r"\bfma\.rn", ptx)), fp64=len(re.findall(r"\.f64\b", ptx)),
         sass=len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", sass, re.M)),
     )  # fmt: skip
-    return Row(**row, fault=_fault(row, variant, target))
+    return Row(**row, fault=fault(row, variant, target))
 
 
-def _fault(row: dict, variant: str, target: int) -> str:
+def fault(row: dict, variant: str, target: int) -> str:
     exact = row["kernel"].startswith("dequantize")
     if row["spill_bytes"]:
         return f"spills {row['spill_bytes']} bytes"
@@ -122,19 +122,30 @@ Job = tuple[str, Launch, int]  # variant, launch, target
 _jobs: list[Job] = []  # read by the forked workers: a JITFunction cannot be pickled
 
 
+def jobs(quick: bool, targets: tuple[int, ...] = TARGETS, only: str = "") -> list[Job]:
+    """Every binary for every target that can take it: Triton has no tensor cores on sm_75 (dropped in 3.3)."""
+    different = {launch: variant for variant, launch in reversed(list(launches(quick)))}  # the first name of each
+    return [
+        (variant, launch, target)
+        for launch, variant in reversed(different.items())
+        for target in targets
+        if only in launch.name and (target >= 80 or launch.name.startswith("dequantize"))
+    ]
+
+
 def _measure(index: int) -> Row:
     return measure(*_jobs[index])
 
 
-def run(jobs: list[Job]) -> list[Row]:
-    """Measure all jobs on two processes, with a progress line on a terminal."""
-    _jobs[:] = jobs
+def run(todo: list[Job]) -> list[Row]:
+    """Measure them on two processes, with a progress line on a terminal."""
+    _jobs[:] = todo
     rows = []
     with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count() or 1)) as pool:
-        for row in pool.imap(_measure, range(len(jobs)), chunksize=4):
+        for row in pool.imap(_measure, range(len(todo)), chunksize=4):
             rows.append(row)
             if sys.stderr.isatty():
-                print(f"\r{len(rows)}/{len(jobs)} {row.kernel} {row.target}\033[K", end="", file=sys.stderr)
+                print(f"\r{len(rows)}/{len(todo)} {row.kernel} {row.target}\033[K", end="", file=sys.stderr)
     return rows
 
 
@@ -165,14 +176,7 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, without the dot")
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
-    jobs = [
-        (variant, launch, target)
-        for variant, launch in launches(options.quick)
-        for target in map(int, options.targets.split(","))
-        # Triton has no tensor cores on sm_75 (dropped in 3.3): there, only kernels without tl.dot.
-        if options.only in launch.name and (target >= 80 or launch.name.startswith("dequantize"))
-    ]
-    rows = run(jobs)
+    rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
     return report(
         rows, write=not options.only and options.targets == parser.get_default("targets") and not options.quick
     )

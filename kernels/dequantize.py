@@ -1,9 +1,9 @@
 """W[N, K] = code[nibble] * scale(block), rounded once from fp32: 4-bit weights back to numbers, in one launch.
 
 Nested scales are decoded inside, so nothing is written but W (bitsandbytes takes three launches and a fp32 copy of the
-scales). Bit-exact with quant/blockwise.py: a nested scale is a product and a sum that are both rounded, which is why the
-kernel is compiled without contraction to FMA. The sixteen codes sit in registers and are looked up with tl.gather: 9
-SASS instructions per weight against 27 for a tree of comparisons (kernels.md 2.5).
+scales). Bit-exact with quant/blockwise.py: a nested scale is a product and a sum that are both rounded, which is why
+the kernel is compiled without contraction to FMA. The sixteen codes sit in registers and are looked up with tl.gather:
+9 SASS instructions per weight against 27 for a tree of comparisons (compiled for sm_89).
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quant.weight import QuantizedWeight
+from peft_fast.quant.weight import QuantizedWeight
 
 BLOCK = 4096  # elements per program: 16 bytes of codes per thread; a multiple of every quantisation block
 

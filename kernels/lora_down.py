@@ -127,7 +127,7 @@ def lora_down_backward(
     dx: Tensor | None = None,
     needs_dA: bool = True,
 ) -> Tensor | None:
-    """dA [R, K] in A's dtype, None where it is not needed; adds LoRA's part to dx [M, K] in place where one is given."""
+    """dA [R, K] in A's dtype, None where it is not needed; LoRA's part is added to dx [M, K], in place, if given."""
     x, A, ds = _rows(x), _rows(A), ds.contiguous()
     (M, K), R = x.shape, A.shape[0]
     if M == 0:

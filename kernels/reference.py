@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.blockwise import dequantize
-from ..quant.weight import QuantizedWeight
+from peft_fast.quant.blockwise import dequantize
+from peft_fast.quant.weight import QuantizedWeight
+
 from . import dropout
 
 __all__ = ["dequantize", "lora_down", "lora_down_backward", "lora_linear", "lora_up_add_", "lora_up_backward"]
@@ -62,7 +63,7 @@ def lora_down_backward(
     dx: Tensor | None = None,
     needs_dA: bool = True,
 ) -> Tensor | None:
-    """dA [R, K] in A's dtype, None where it is not needed; adds LoRA's part to dx [M, K] in place where one is given."""
+    """dA [R, K] in A's dtype, None where it is not needed; LoRA's part is added to dx [M, K], in place, if given."""
     if p == 0.0:
         if dx is not None:
             dx.addmm_(ds, A.to(ds.dtype))

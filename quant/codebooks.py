@@ -1,9 +1,9 @@
 """The tables behind the nibbles: NF4, FP4, and the 8-bit dynamic map that nested scales use.
 
-NF4 (arXiv 2305.14314, appendix E): sixteen quantiles of the standard normal, scaled to [-1, 1], with an exact zero: the
-values that make equal use of all codes when weights are normal. FP4: a sign bit and 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1,
-in the order of its bit patterns (two exponent bits, one mantissa bit). The dynamic map (arXiv 2110.02861, section 2): the
-position of the leading indicator bit is a decimal exponent, the bits behind it a linear fraction.
+NF4 (arXiv 2305.14314, appendix E): sixteen quantiles of the standard normal, scaled to [-1, 1], with an exact zero:
+the values that make equal use of all codes when weights are normal. FP4: a sign bit, then by the three bits that follow
+0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4. The dynamic map (arXiv 2110.02861, section 2): the position of the leading
+indicator bit is a decimal exponent, the bits behind it a linear fraction.
 
 The constants are file format: weights on disk hold indices into them, so they can never change.
 """

@@ -59,7 +59,7 @@ def make_case(
 ) -> LoraCase:
     W = torch.randn(N, K) / K**0.5
     weight = W.to(dtype) if base == "dense" else blockwise.quantize(W.to(dtype), base)
-    case = LoraCase(
+    return LoraCase(
         x=torch.randn(M, K, dtype=dtype, device=device),
         weight=weight.to(device),
         bias=torch.randn(N, dtype=dtype, device=device),
@@ -70,7 +70,6 @@ def make_case(
         key=dropout.new_key(device),
         d_y=torch.randn(M, N, dtype=dtype, device=device),
     )
-    return case
 
 
 def autograd_truth(
@@ -97,4 +96,4 @@ def check_against_fp64(case: LoraCase, backend: str) -> None:
     truth = autograd_truth(case, Tensor.double)
     for name, value in got.items():
         assert value.dtype == (case.x if name == "y" else getattr(case, name)).dtype, name
-        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name])
+        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name], case.x.dtype)

@@ -71,7 +71,9 @@ def test_the_two_halves(dtype, p):
     by_torch = [plain(*leaves), *torch.autograd.grad(plain(*leaves), leaves, d_out)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
     truth = [plain(*wide), *torch.autograd.grad(plain(*wide), wide, d_out.double())]
-    for name, r, t, exact, leaf in zip(["out", "dx", "dA", "dB", "dbias", "dy"], results, by_torch, truth, [y, *leaves]):
+    for name, r, t, exact, leaf in zip(
+        ["out", "dx", "dA", "dB", "dbias", "dy"], results, by_torch, truth, [y, *leaves]
+    ):
         assert r.dtype == leaf.dtype
         assert_as_accurate_as_torch(name, r, t, exact)
     assert torch.equal(y, before)
@@ -82,8 +84,9 @@ def test_autocast_casts_x_and_nothing_else(base):
     """fp32 x, A, B and base under bf16 autocast: as accurate as torch under autocast, and no fp32 copy is kept."""
     case = make_case(33, 64, 96, 8, torch.float32, torch.float32, base, 0.0)
     saved = []
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t) or t, lambda t: t
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         got = case.run("torch")
         by_torch = autograd_truth(case, lambda t: t, under_autocast=True)
@@ -93,12 +96,23 @@ def test_autocast_casts_x_and_nothing_else(base):
         assert_as_accurate_as_torch(name, value, by_torch[name].to(value.dtype), truth[name])
 
 
+def saved_by(call) -> list[torch.Tensor]:
+    """What autograd keeps for the backward of this call."""
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return saved
+
+
 def test_saved_for_backward_is_x_s_and_the_parameters():
     for base, p in itertools.product(("dense", "nf4"), (0.0, 0.1)):
         case = make_case(64, 128, 96, 8, torch.bfloat16, torch.float32, base, p)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            case.call("torch", case.leaves(("x", "A", "B")))
+        saved = saved_by(lambda case=case: case.call("torch", case.leaves(("x", "A", "B"))))
         known = {t.data_ptr() for t in [case.A, case.B, *case.weight_tensors()]}
         rest = sorted(t.nbytes for t in saved if t.data_ptr() not in known)
         assert rest == sorted([64 * 128 * 2, 64 * 8 * 2] + ([8] if p else []))  # x, s, the dropout key

@@ -260,4 +260,6 @@ def test_unquantised_layers_and_bad_weights_are_refused():
         ops.dequantize(blockwise.quantize(torch.ones(2, 64)), torch.float64)
     good = blockwise.quantize(torch.ones(2, 64))
     with pytest.raises(ValueError, match="data of a 2 x 64 weight"):
-        QuantizedWeight(good.data[1:], good.absmax, good.code, good.shape, 64, "nf4", torch.float32, good.nested).check()
+        QuantizedWeight(
+            good.data[1:], good.absmax, good.code, good.shape, 64, "nf4", torch.float32, good.nested
+        ).check()

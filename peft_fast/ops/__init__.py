@@ -9,7 +9,8 @@ plain torch. Layers call these and never ask about devices.
     dequantize      kernels/dequantize.py                     quant/blockwise.py
 """
 
-from ..kernels.dropout import new_key as new_dropout_key
+from peft_fast.kernels.dropout import new_key as new_dropout_key
+
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .quant import dequantize, quant_matmul

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..dispatch import REFERENCE, Backend, Choice, checked, current_backend
-from ..kernels import reference
-from ..quant.weight import Format, QuantizedWeight
+from peft_fast.dispatch import REFERENCE, Backend, Choice, checked, current_backend
+from peft_fast.kernels import reference
+from peft_fast.quant.weight import Format, QuantizedWeight
 
 LIBRARY = torch.library.Library("peft_fast", "DEF")
 
@@ -53,7 +53,7 @@ def implementation(choice: Choice) -> ModuleType:
     """The module that holds the functions of the chosen route; Triton is imported when it is first chosen."""
     if choice.route == REFERENCE:
         return reference
-    from ..kernels import triton_ops
+    from peft_fast.kernels import triton_ops
 
     return triton_ops
 

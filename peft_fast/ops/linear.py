@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Backend, Choice, Op
-from ..quant.weight import QuantizedWeight
+from peft_fast.dispatch import Backend, Choice, Op
+from peft_fast.quant.weight import QuantizedWeight
+
 from .library import autocast, define, flatten, implementation, resolve, unflatten, weight_shape
 from .quant import materialize
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
-    from ..kernels import lora_down, lora_up_add
+    from peft_fast.kernels import lora_down, lora_up_add
 
     return lora_down.why_not(dtype) or lora_up_add.why_not(dtype)
 

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Op
+from peft_fast.dispatch import Backend, Op
+
 from .library import autocast, define, implementation, resolve
 
 
 def _why_not_down(dtype: torch.dtype) -> str | None:
-    from ..kernels import lora_down
+    from peft_fast.kernels import lora_down
 
     return lora_down.why_not(dtype)
 
 
 def _why_not_up(dtype: torch.dtype) -> str | None:
-    from ..kernels import lora_up_add
+    from peft_fast.kernels import lora_up_add
 
     return lora_up_add.why_not(dtype)
 

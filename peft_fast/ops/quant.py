@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Backend, Op
-from ..quant.weight import DTYPES, Format, QuantizedWeight
+from peft_fast.dispatch import Backend, Op
+from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
+
 from .library import autocast, define, flatten, implementation, resolve, unflatten
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
-    from ..kernels import dequantize
+    from peft_fast.kernels import dequantize
 
     return dequantize.why_not(dtype)
 

@@ -1,0 +1,64 @@
+"""explain(model): which path every adapted layer takes, and why."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .quant.weight import QuantizedWeight
+from .tuners.layer import BaseTunerLayer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer."""
+
+    name: str
+    base: str  # the format of the base weight
+    route: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The rows of `explain`; as text, an aligned table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no adapted layer: get_peft_model has not been called on this model"
+        lines = [("layer", "base weight", "route", "because")]
+        lines += [(row.name, row.base, row.route, row.because) for row in self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in lines)
+
+
+def explain(model: nn.Module, *, show: bool = True) -> Explanation:
+    """Print one row per adapted layer of `model` (unless `show` is False) and return them.
+
+    layer        its name in the model
+    base weight  dtype of a dense weight; type, block size and kind of scales of a 4-bit one
+    route        what a forward runs now: "split" and others in Triton, "reference" in plain torch, "base" where no
+                 adapter is in effect (ops/linear.py explains the routes)
+    because      the reason for that route
+
+    What is printed is what the next forward does with activations of the layer's own dtype, under the backend that is
+    set now (dispatch.py).
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            choice = module.route()
+            rows.append(Row(name, describe(module.base_weight()), choice.route, choice.because))
+    explanation = Explanation(tuple(rows))
+    if show:
+        print(explanation)
+    return explanation
+
+
+def describe(weight: Tensor | QuantizedWeight) -> str:
+    """A weight's format in a few words: "bfloat16", "nf4, blocks of 64, nested scales"."""
+    if isinstance(weight, QuantizedWeight):
+        scales = "nested" if weight.nested else "plain"
+        return f"{weight.quant_type}, blocks of {weight.blocksize}, {scales} scales"
+    return str(weight.dtype).removeprefix("torch.")

@@ -2,10 +2,13 @@
 
 from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .config import PeftConfig, get_peft_config
+from .dispatch import use_backend
+from .explain import explain
 from .kbit import prepare_model_for_kbit_training
 from .mapping import get_peft_model
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
+from .quantized_linear import QuantizedLinear, quantize_linear_layers
 from .tasks import PeftModelForCausalLM
 from .tuners import LoraConfig, LoraModel
 
@@ -16,11 +19,15 @@ __all__ = [
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftType",
+    "QuantizedLinear",
     "TaskType",
+    "explain",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "quantize_linear_layers",
     "set_peft_model_state_dict",
+    "use_backend",
 ]

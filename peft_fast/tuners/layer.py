@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import ops
+from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 
 from .base_weight import base_weight, set_base_weight
@@ -137,6 +138,17 @@ class BaseTunerLayer(AdapterHolder):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
+
+    def adapters_in_effect(self) -> list[str]:
+        """The active adapters that this layer has; none while it is merged or all are switched off."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        attributes = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return [name for name in self._active_adapter if any(name in container for container in attributes)]
+
+    def route(self) -> Choice:
+        """What a forward runs now, for activations of the layer's own dtype, and why: a row of `explain`."""
+        raise NotImplementedError
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight: float32 [N, K], unrounded so that merging rounds once."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft_fast import LoraConfig, ops
+from peft_fast.dispatch import Choice, use_backend
 from peft_fast.quant import blockwise
 from peft_fast.quant.bitsandbytes import read_linear
 from peft_fast.quant.weight import QuantizedWeight
@@ -150,6 +151,26 @@ def test_one_call_does_the_base_layer_and_the_adapter(monkeypatch):
     quantized.enable_adapters(False)
     quantized(torch.randn(2, K))
     assert calls == [("quant_matmul", None)]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_route(kind):
+    layer = lora(kind)
+    with use_backend("auto"):
+        assert layer.route() == Choice("lora_linear", "reference", "the tensors are on the CPU")
+    layer.backend = "torch"
+    assert layer.route().because == "backend torch was asked for"
+    handle = layer.base_layer.register_forward_hook(lambda *args: None)
+    assert layer.route().route == "added"
+    handle.remove()
+    layer.set_adapter([])
+    assert (layer.route().route, layer.route().because) == ("base", "the adapters are not active here")
+    layer.set_adapter("default")
+    layer.enable_adapters(False)
+    assert layer.route().because == "the adapters are switched off"
+    layer.enable_adapters(True)
+    layer.merge()
+    assert layer.route().because == "the adapters are merged"
 
 
 def test_a_base_layer_that_does_more_than_multiply_is_called():

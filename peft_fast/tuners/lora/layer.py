@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast import ops
+from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
@@ -94,8 +95,7 @@ class Linear(LoraLayer):
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        working = not (self.disable_adapters or self.merged)
-        adapters = [name for name in self.active_adapters if name in self.lora_A] if working else []
+        adapters = self.adapters_in_effect()
         weight = None if args or kwargs else matmul_weight(self.base_layer)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
@@ -110,6 +110,16 @@ class Linear(LoraLayer):
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         y = self._add(y, z, adapters[1:])
         return y if z is x else y.to(x.dtype)
+
+    def route(self) -> Choice:
+        weight = matmul_weight(self.base_layer)
+        if not self.adapters_in_effect():
+            reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+            return Choice("base_layer", "base", f"the adapters are {reason}")
+        if weight is None:
+            return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
+        dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
+        return ops.linear.choose(dtype, weight.device, self.backend)
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         """The base layer and one adapter in one op."""

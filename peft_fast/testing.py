@@ -14,14 +14,17 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def assert_as_accurate_as_torch(name: str, value: Tensor, by_torch: Tensor, truth: Tensor, factor: float = 1.5) -> None:
+def assert_as_accurate_as_torch(
+    name: str, value: Tensor, by_torch: Tensor, truth: Tensor, dtype: torch.dtype | None = None, factor: float = 1.5
+) -> None:
     """Raise AssertionError unless the error of `value` is at most `factor` times plain torch's at the same dtype.
 
     `by_torch` is the same quantity computed by plain torch in the dtype under test, `truth` in fp64. A quarter of the
-    dtype's eps is granted on top: on a handful of elements torch is sometimes exact by luck.
+    eps of `dtype` (what products were taken in; default: value's own) is granted on top: on a handful of elements
+    torch is sometimes exact by luck.
     """
     error, allowed = relative_error(value, truth), relative_error(by_torch, truth)
-    limit = factor * allowed + torch.finfo(by_torch.dtype).eps / 4
+    limit = factor * allowed + torch.finfo(dtype or value.dtype).eps / 4
     if error <= limit:
         return
     if value.shape != truth.shape:

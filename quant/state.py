@@ -44,7 +44,7 @@ def state_keys(state: Mapping[str, Tensor], prefix: str) -> list[str]:
 
 
 def from_state(state: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
-    """The inverse of `to_state`, on the tensors' own device. KeyError names what is missing, ValueError what is wrong."""
+    """The inverse of `to_state`, on the same device. KeyError names what is missing, ValueError what is wrong."""
     packed = [k for k in state if k.startswith(prefix + _STATE)]
     if not packed:
         raise KeyError(prefix + _STATE + "nf4")

@@ -25,7 +25,7 @@ test-all: .venv/ready-test ## every test that runs without a GPU
 	$(PY) -m pytest -m "not gpu" -n 2 $(ARGS)
 gpu: .venv/ready-test ## the correctness suite compiled for the GPU that is here, then the benchmarks
 	$(PY) -m pytest -m "gpu" $(ARGS)
-	$(PY) -m bench.run --suite gpu
+	$(PY) -m bench.run
 
 compile: .venv/ready-test ## compile every kernel for every GPU target: registers, spills, shared memory
 	$(PY) -m bench.compile $(ARGS)

@@ -1,0 +1,161 @@
+"""Timing that can be believed: a red gate gives no number, providers are interleaved, and noise is printed.
+
+A bench module gives `cases(device)`; this file owns everything about time. In every round each provider runs once, so a
+machine that slows down slows all of them. The first provider runs twice per round, under two names: the ratio of these
+two is what "no difference" looks like here.
+"""
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+AGAIN = " (again)"
+ROUNDS, WARM_UP = 21, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `providers` maps a name to a callable that does the work once; the first is the baseline."""
+
+    op: str
+    shape: str  # named after a model: "llama-1b q_proj M=512 r=16 nf4"
+    dtype: torch.dtype
+    passes: str  # "forward", "forward+backward"
+    providers: dict[str, Callable[[], object]]
+    gate: Callable[[], None]  # raises AssertionError where a provider of ours is wrong
+
+
+@dataclass(frozen=True)
+class Row:
+    date: str
+    sha: str  # with a + where the tree was dirty
+    device: str
+    threads: int
+    torch: str
+    triton: str
+    bitsandbytes: str
+    peft: str
+    op: str
+    shape: str
+    dtype: str
+    passes: str
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    speedup: float  # baseline's median / this median; above 1 is faster than the baseline
+    peak_mib: float  # CUDA only: of one run, inputs not counted
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
+    return f"{model} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs another and returns milliseconds; on a GPU with a cold L2 and by its own clock."""
+    if device.type != "cuda":
+
+        def on_cpu(run: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+
+        return on_cpu
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # 256 MB: larger than any L2
+
+    def on_gpu(run: Callable[[], object]) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    return on_gpu
+
+
+def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> Iterator[Row]:
+    """Gate, warm up, then `rounds` interleaved rounds; one row a provider."""
+    case.gate()
+    baseline = next(iter(case.providers))
+    runs = {**case.providers, baseline + AGAIN: case.providers[baseline]}
+    timer = _timer(device)
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(timer(run))
+    peaks = {name: _peak_mib(run, device) for name, run in runs.items()}
+    reference = statistics.median(times[baseline])
+    common = dict(
+        date=datetime.date.today().isoformat(),
+        sha=_git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__, triton=_version("triton"),
+        bitsandbytes=_version("bitsandbytes"), peft=_version("peft"), op=case.op, shape=case.shape,
+        dtype=str(case.dtype).removeprefix("torch."), passes=case.passes,
+    )  # fmt: skip
+    for name, values in times.items():
+        p20, median, p80 = (sorted(values)[round(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
+        rounded = dict(median_ms=round(median, 4), p20_ms=round(p20, 4), p80_ms=round(p80, 4))
+        yield Row(**common, provider=name, **rounded, speedup=round(reference / median, 3), peak_mib=peaks[name])
+
+
+def _peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
+def table(rows: list[Row]) -> str:
+    """What a reader wants to see: one line a case and provider, times in milliseconds."""
+    lines = [
+        f"{'op':14}{'shape':34}{'dtype':10}{'pass':18}{'provider':24}{'median':>10}{'p20-p80':>18}{'speed-up':>10}"
+    ]
+    for r in rows:
+        spread = f"{r.p20_ms:.3f}-{r.p80_ms:.3f}"
+        lines.append(
+            f"{r.op:14}{r.shape:34}{r.dtype:10}{r.passes:18}{r.provider:24}{r.median_ms:>7.3f} ms{spread:>18}{r.speedup:>9.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def append(rows: list[Row], path: Path) -> None:
+    """Add rows to a CSV, which is never rewritten."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)

@@ -1,42 +1,49 @@
 # One command each: `make finetune` and `make test` do all the set-up themselves, once.
-PYTHON ?= python3
-PY := .venv/bin/python
-SETUP := pyproject.toml .ci/setup_env.py
-# ARGS goes to the command: make finetune ARGS="--model ./llama --data notes.txt"
+#   ARGS    goes to the command:       make finetune ARGS="--model ./llama --data notes.txt"
+#   PYTHON  makes the environment:     make test PYTHON=python3.12
+#   PY      uses another one as it is: make gpu PY=python3     (no set-up then)
 ARGS ?=
+PYTHON ?= python3
+PY ?= .venv/bin/python
+ready = $(if $(filter .venv/bin/python,$(PY)),.venv/ready-$(1))
+# Two workers, one thread each: the tests' matrices are too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .PHONY: help finetune test test-all check lint types format compile bench gpu clean
-help:
+help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-.venv/ready-run: $(SETUP)
+.venv/ready-run: pyproject.toml .ci/setup_env.py
 	@$(PYTHON) .ci/setup_env.py finetune && touch $@
-.venv/ready-test: $(SETUP)
-	@$(PYTHON) .ci/setup_env.py finetune test && touch $@ .venv/ready-run
-.venv/ready-lint: .venv/ready-test
-	@$(PYTHON) .ci/setup_env.py finetune test lint && touch $@
+.venv/ready-test: pyproject.toml .ci/setup_env.py
+	@$(PYTHON) .ci/setup_env.py finetune test && touch .venv/ready-run $@
+.venv/ready-lint: pyproject.toml .ci/setup_env.py
+	@$(PYTHON) .ci/setup_env.py finetune test lint && touch .venv/ready-run .venv/ready-test $@
 
-finetune: .venv/ready-run ## train a QLoRA adapter and show that it worked
+finetune: $(call ready,run) ## train a QLoRA adapter and show that it worked
 	@$(PY) -m peft_fast.finetune $(ARGS)
 
-test: .venv/ready-test ## the tests, without the slow matrices
-	$(PY) -m pytest -m "not slow and not gpu" -n 2 $(ARGS)
-test-all: .venv/ready-test ## every test that runs without a GPU
-	$(PY) -m pytest -m "not gpu" -n 2 $(ARGS)
-gpu: .venv/ready-test ## the correctness suite compiled for the GPU that is here, then the benchmarks
-	$(PY) -m pytest -m "gpu" $(ARGS)
+# Triton's interpreter is a property of the process: kernels are tested in a run of their own.
+test: $(call ready,test) ## the tests, without the slow matrices
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernel and not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+test-all: $(call ready,test) ## every test that runs without a GPU
+	TRITON_INTERPRET=1 $(PYTEST) -m kernel $(ARGS)
+	$(PYTEST) $(ARGS)
+gpu: $(call ready,test) ## on a GPU: the correctness suite compiled, then the benchmarks
+	$(PY) -m pytest -m "kernel or gpu" $(ARGS)
 	$(PY) -m bench.run
 
-compile: .venv/ready-test ## compile every kernel for every GPU target: registers, spills, shared memory
-	$(PY) -m bench.compile $(ARGS)
-bench: .venv/ready-test ## benchmarks on this machine; CSV and table under bench/results
-	$(PY) -m bench.run $(ARGS)
+compile: $(call ready,test) ## compile every kernel for every GPU: registers, spills, shared memory
+	@$(PY) -m bench.compile $(ARGS)
+bench: $(call ready,test) ## benchmarks on this machine: a table, and rows under bench/results
+	@$(PY) -m bench.run $(ARGS)
 
-lint: .venv/ready-lint ## ruff, formatting
+lint: $(call ready,lint) ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-types: .venv/ready-lint ## pyright and mypy
+types: $(call ready,lint) ## pyright and mypy
 	$(PY) -m pyright && $(PY) -m mypy
-format: .venv/ready-lint ## apply ruff's fixes and formatting
+format: $(call ready,lint) ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 check: lint types test ## what must be green before a commit leaves this machine
 

@@ -72,7 +72,8 @@ def _git(*args: str) -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
@@ -138,16 +139,15 @@ def _peak_mib(run: Callable[[], object], device: torch.device) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """What a reader wants to see: one line a case and provider, times in milliseconds."""
-    lines = [
-        f"{'op':14}{'shape':34}{'dtype':10}{'pass':18}{'provider':24}{'median':>10}{'p20-p80':>18}{'speed-up':>10}"
-    ]
-    for r in rows:
-        spread = f"{r.p20_ms:.3f}-{r.p80_ms:.3f}"
-        lines.append(
-            f"{r.op:14}{r.shape:34}{r.dtype:10}{r.passes:18}{r.provider:24}{r.median_ms:>7.3f} ms{spread:>18}{r.speedup:>9.2f}x"
-        )
-    return "\n".join(lines)
+    """What a reader wants to see: one line a case and provider."""
+
+    def cells(r: Row) -> tuple[str, ...]:
+        times = f"{r.median_ms:.3f}", f"{r.p20_ms:.3f}-{r.p80_ms:.3f}"
+        return (r.op, r.shape, r.dtype, r.passes, r.provider, *times, f"{r.speedup:.2f}x")
+
+    lines = [("op", "shape", "dtype", "pass", "provider", "median ms", "p20-p80 ms", "speed-up"), *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def append(rows: list[Row], path: Path) -> None:

@@ -178,9 +178,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# ---- embeddings of the base model, which an adapter's file may hold --------------------------------------------------
-
-
 def _embedding_keys(model: Any, only_adapted: bool = False) -> list[str]:
     """The keys of the base model's input and output embeddings in a file."""
     keys: list[str] = []

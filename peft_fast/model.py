@@ -63,8 +63,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
-    # ---- which adapters there are --------------------------------------------------------------------------------
-
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self.base_model.peft_config
@@ -135,8 +133,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             if not was_disabled:
                 self.base_model.enable_adapter_layers()
 
-    # ---- running -------------------------------------------------------------------------------------------------
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_mixed_batch(kwargs)
         return self.base_model(*args, **kwargs)
@@ -163,8 +159,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
-
-    # ---- files ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self,
@@ -318,8 +312,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not is_trainable:
             self.eval()
         return plan.result
-
-    # ---- being taken for the base model --------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         try:

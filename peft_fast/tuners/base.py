@@ -12,7 +12,7 @@ merging, and the keys of its files. Everything that changes the structure of the
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from .layer import AdapterHolder, BaseTunerLayer
 from .matching import ALL_LINEAR, all_linear, find_targets
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
 
-Holder = TypeVar("Holder", bound=AdapterHolder)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -56,8 +55,6 @@ class BaseTuner(nn.Module):
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
         raise NotImplementedError
 
-    # ---- adding and removing adapters ----------------------------------------------------------------------------
-
     def inject_adapter(
         self,
         adapter_name: str,
@@ -86,12 +83,12 @@ class BaseTuner(nn.Module):
             for path in saved:
                 self._wrap(path, adapter_name)
             self._set_active(self.active_adapters, config.inference_mode)
-        if autocast_adapter_dtype:
-            self._cast_to_float32(adapter_name)
-        if first:
-            self._freeze_base(config)
-        for parameter, requires_grad in kept:
-            parameter.requires_grad_(requires_grad)
+            if autocast_adapter_dtype:
+                self._cast_to_float32(adapter_name)
+            if first:
+                self._freeze_base(config)
+            for parameter, requires_grad in kept:
+                parameter.requires_grad_(requires_grad)
         config.target_modules = resolved
         self.peft_config[adapter_name] = config
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
@@ -112,7 +109,7 @@ class BaseTuner(nn.Module):
             left = [next(iter(self.peft_config))]
             warnings.warn(f"the active adapter {adapter_name!r} was deleted: {left[0]!r} is active now", stacklevel=3)
         self.active_adapters = left
-        self._set_active(left, inference_mode=False)
+        self._set_active(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
         targets = config.target_modules
@@ -151,8 +148,6 @@ class BaseTuner(nn.Module):
             for parameter in layer.adapter_parameters(adapter_name):
                 if parameter.dtype in HALF_DTYPES:
                     parameter.data = parameter.data.float()
-
-    # ---- what is trainable, what is active -----------------------------------------------------------------------
 
     def _freeze_base(self, config: Any) -> None:
         """Train the adapters only, and the biases that the config asks for."""
@@ -221,8 +216,6 @@ class BaseTuner(nn.Module):
         if unknown:
             raise ValueError(f"adapter {unknown[0]!r} does not exist: there are {sorted(self.peft_config)}")
 
-    # ---- merging and unloading -----------------------------------------------------------------------------------
-
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
     ) -> None:
@@ -275,8 +268,6 @@ class BaseTuner(nn.Module):
                 stacklevel=3,
             )
 
-    # ---- files ---------------------------------------------------------------------------------------------------
-
     def state_keys(self, adapter_name: str) -> dict[str, str]:
         """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""
         self._check_known([adapter_name])
@@ -286,8 +277,6 @@ class BaseTuner(nn.Module):
             for in_file, in_model in holder.adapter_state_keys(adapter_name).items()
         }
         return keys | {key: key for key in self.bias_keys(self.peft_config[adapter_name])}
-
-    # ---- looking at it -------------------------------------------------------------------------------------------
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         """(path, module) of everything that holds adapters."""
@@ -317,7 +306,7 @@ def check_adapter_name(name: str, taken: Iterable[str]) -> None:
     """Raise ValueError for a name that cannot be part of a parameter's name and of a folder's, or that is taken."""
     if not isinstance(name, str) or not name or any(character in name for character in "./\\"):
         raise ValueError(f"an adapter's name must be a string without '.', '/' and '\\', got {name!r}")
-    if name in nn.ModuleDict.__dict__ or hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has an attribute of that name")
     if name in taken:
         raise ValueError(f"adapter {name!r} exists already: choose another name, or delete it first")

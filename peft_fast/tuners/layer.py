@@ -148,7 +148,7 @@ class BaseTunerLayer(AdapterHolder):
 
     def route(self) -> Choice:
         """What a forward runs now, for activations of the layer's own dtype, and why: a row of `explain`."""
-        raise NotImplementedError
+        return Choice(type(self).__name__, "reference", "this method has no kernels of its own")
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight: float32 [N, K], unrounded so that merging rounds once."""
@@ -188,8 +188,9 @@ class BaseTunerLayer(AdapterHolder):
         """Take merged adapters out of the base weight again, up to the rounding of its dtype."""
         if not self.merged:
             warnings.warn("no adapter is merged: nothing to undo", stacklevel=2)
-        while self.merged_adapters:
-            self._write_base(*self._shifted_base([self.merged_adapters.pop()], -1))
+            return
+        self._write_base(*self._shifted_base(self.merged_adapters, -1))
+        self.merged_adapters.clear()
 
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str):
@@ -218,11 +219,12 @@ class BaseTunerLayer(AdapterHolder):
 
     def add_to_base(self, adapter_names: Sequence[str]) -> None:
         """The second half of `merge`: for names that `adapters_to_merge` let through."""
-        if adapter_names and isinstance(self.base_weight(), QuantizedWeight):
+        if not adapter_names:
+            return
+        if isinstance(self.base_weight(), QuantizedWeight):
             warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
-        for name in adapter_names:
-            self._write_base(*self._shifted_base([name], +1))
-            self.merged_adapters.append(name)
+        self._write_base(*self._shifted_base(adapter_names, +1))
+        self.merged_adapters += adapter_names
 
     @torch.no_grad()
     def _shifted_base(self, adapter_names: Sequence[str], sign: int) -> tuple[Tensor, Tensor | None]:

@@ -105,6 +105,14 @@ def test_deleting_adapters(llama, trained, tokens):
         model.delete_adapter("other")
 
 
+def test_an_adapter_for_inference_takes_over_frozen(llama):
+    model = adapted(llama())
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], inference_mode=True))
+    with pytest.warns(UserWarning, match="'other' is active now"):
+        model.delete_adapter("default")
+    assert trainable(model) == set()
+
+
 def test_a_merged_adapter_cannot_be_deleted(llama):
     model = adapted(llama())
     model.merge_adapter()

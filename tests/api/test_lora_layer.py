@@ -16,6 +16,7 @@ from peft_fast.quantized_linear import QuantizedLinear
 from peft_fast.tuners.lora import Linear
 
 K, N, R = 64, 48, 4
+LOOSE = {"rtol": 1e-2, "atol": 1e-2}
 BASES = ("dense", "bitsandbytes", "ours")
 
 
@@ -239,6 +240,20 @@ def test_merging_rounds_once():
     assert torch.equal(layer.weight, exact.to(torch.bfloat16))
 
 
+def test_two_adapters_are_merged_in_one_sum():
+    layer = lora(dtype=torch.bfloat16, lora_bias=True)
+    layer.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False, lora_bias=True))
+    layer.set_adapter(["default", "other"])
+    weight, bias = layer.weight.float(), layer.bias.float()
+    layer.merge()
+    delta = sum(layer.get_delta_weight(name) for name in ("default", "other"))
+    assert torch.equal(layer.weight, (weight + delta).to(torch.bfloat16))
+    torch.testing.assert_close(layer.bias.float(), bias + sum(map(layer.get_delta_bias, ("default", "other"))), **LOOSE)
+    layer.unmerge()
+    assert not layer.merged
+    torch.testing.assert_close(layer.weight.float(), weight, **LOOSE)
+
+
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_safe_merge_refuses_what_is_not_finite(kind, value, untouched):
@@ -274,3 +289,18 @@ def test_layers_can_be_copied():
     assert torch.equal(twin(x), layer(x))
     twin.lora_B["default"].weight.data.zero_()
     assert not torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_compiles_into_one_graph(kind):
+    layer, x = lora(kind, lora_dropout=0.1), torch.randn(3, K)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (layer, compiled):
+        layer.zero_grad()
+        torch.manual_seed(2)
+        y = function(x)
+        y.square().sum().backward()
+        grads.append([y, *(parameter.grad.clone() for parameter in layer.adapter_parameters("default"))])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)

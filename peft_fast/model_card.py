@@ -19,16 +19,18 @@ def model_card(directory: Path, config: PeftConfig, quantized: Any) -> str:
     old = directory / NAME
     card = ModelCard.load(old) if old.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n# Adapter\n")
     data: Any = card.data
-    base_model = config.base_model_name_or_path
-    method = PeftType(config.peft_type).value.lower()
     data.library_name = "peft"
-    tags = {*(data.tags or ()), method, "peft_fast", *([f"base_model:adapter:{base_model}"] if base_model else ())}
-    data.tags = sorted(tags)
-    if base_model:
+    tags = {*(data.tags or ()), PeftType(config.peft_type).value.lower(), "peft_fast"}
+    base_model = config.base_model_name_or_path
+    if base_model and not Path(base_model).exists():  # the Hub refuses cards that name a path
         data.base_model = base_model
+        tags.add(f"base_model:adapter:{base_model}")
+    data.tags = sorted(tags)
     if config.task_type == TaskType.CAUSAL_LM and not data.pipeline_tag:
         data.pipeline_tag = "text-generation"
     heading = "## Quantization of the base model in training"
     if quantized is not None and heading not in card.text:
-        card.text += f"\n{heading}\n\n" + "".join(f"- {key}: {value}\n" for key, value in quantized.to_dict().items())
+        options = {name: getattr(value, "value", value) for name, value in quantized.to_dict().items()}
+        lines = [f"- {name}: {value}\n" for name, value in options.items() if not name.startswith("_")]
+        card.text += f"\n{heading}\n\n{''.join(lines)}"
     return str(card)

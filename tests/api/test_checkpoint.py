@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 import peft_fast
 from peft_fast import (
@@ -196,6 +197,13 @@ def test_the_model_card_names_base_and_library_and_keeps_the_text(llama, tmp_pat
     assert (card.data.license, card.data.library_name) == ("mit", "peft")
     assert "mine" in card.data.tags
     assert "My words." in card.text
+    base.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    for _ in range(2):
+        model.create_or_update_model_card(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").text.count("- quant_method: bitsandbytes\n") == 1
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    model.save_pretrained(tmp_path / "local")
+    assert ModelCard.load(tmp_path / "local" / "README.md").data.base_model is None
 
 
 def test_pushing_saves_first(llama, monkeypatch, tmp_path):

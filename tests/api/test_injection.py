@@ -88,6 +88,16 @@ def test_a_second_adapter_waits_to_be_set(llama, trained, tokens):
     assert torch.equal(model(tokens).logits, before)
 
 
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_a_second_adapter_changes_nothing_about_what_is_trainable(llama, inference_mode):
+    model = adapted(llama(), target_modules=["q_proj", "k_proj"])
+    model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    before = trainable(model)
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"], inference_mode=inference_mode))
+    assert trainable(model) == before
+
+
 def test_deleting_adapters(llama, trained, tokens):
     model = adapted(llama(), modules_to_save=["lm_head"])
     without = model(tokens).logits

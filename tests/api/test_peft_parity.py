@@ -24,6 +24,7 @@ CONFIGS = {
     "rslora-gaussian": {"target_modules": ["q_proj"], "use_rslora": True, "init_lora_weights": "gaussian"},
     "no-init": {"target_modules": ["q_proj"], "init_lora_weights": False},
     "modules-to-save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved-and-meant": {"target_modules": "all-linear", "modules_to_save": ["down_proj"]},
     "bias-all": {"target_modules": ["q_proj", "up_proj"], "bias": "all"},
     "bias-lora-only": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
     "lora-bias": {"target_modules": ["q_proj", "up_proj"], "lora_bias": True},

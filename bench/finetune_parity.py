@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import peft
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, set_seed
 
 from peft_fast.finetune import base_model, data, embedded
 from peft_fast.finetune.options import OptionError, Options, parse
-from peft_fast.finetune.trainer import mean_loss, process, training_arguments
+from peft_fast.finetune.trainer import mean_loss, training_arguments
 
 ALLOWED = 0.01  # relative difference of the held-out losses after training
 
@@ -41,7 +41,7 @@ def with_peft(options: Options) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
         dtype=options.dtype,
-        device_map={"": process().device},
+        device_map={"": base_model.process().device},
         quantization_config=quantization if options.bits == 4 else None,
         local_files_only=True,
     )
@@ -59,7 +59,7 @@ def with_peft(options: Options) -> Any:
 
 
 def with_peft_fast(options: Options) -> Any:
-    model = base_model.load_base(options, process().device)
+    model = base_model.load_base(options)
     set_seed(options.seed)
     return base_model.add_adapter(model, options)
 
@@ -73,6 +73,7 @@ def outcome(build: Callable[[Options], Any], options: Options, corpus: data.Corp
         train_dataset=corpus.train,
         data_collator=data.collator(pad_token_id),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.model.train()
     before = mean_loss(trainer, corpus.heldout)
     trainer.train()

@@ -10,3 +10,9 @@ report.py       samples, loss.png, metrics.json
 verify.py       a fresh process reloads the written adapter and measures the held-out loss again
 run.py          the sequence of all that
 """
+
+import logging
+
+# At every import bitsandbytes warns of an optional package that only its own CPU inference would use. Said here, since
+# transformers imports it while our modules are being imported.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

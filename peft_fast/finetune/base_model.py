@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 import peft_fast
@@ -15,6 +16,11 @@ from peft_fast.finetune.options import ALL_LINEAR, Options
 
 class ModelError(ValueError):
     """A base model that does not fit the options. The message states the way out."""
+
+
+def process() -> PartialState:
+    """This process among those that torchrun or accelerate started (gloo on CPUs, nccl on GPUs)."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -32,15 +38,15 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_base(options: Options, device: torch.device) -> PreTrainedModel:
-    """The model that `options.model` names, frozen, on `device`, its linear layers in NF4 if `options.bits` is 4.
+def load_base(options: Options) -> PreTrainedModel:
+    """The model that `options.model` names, frozen, on this process's device, in NF4 if `options.bits` is 4.
 
     bitsandbytes quantises while transformers loads, layer by layer, where it is installed; `quantize_linear_layers`
     makes the same bytes without it. The latter also serves a CPU when only some layers are adapted: the others would
     run bitsandbytes' own forward, which in eval mode repacks its weight on CPUs with AVX512-bf16 into a form without
     a gradient (bitsandbytes 0.50), and the training after the first evaluation would learn nothing.
     """
-    name = str(options.model)
+    name, device = str(options.model), process().device or torch.device("cpu")
     local = Path(name).is_dir()
     config = AutoConfig.from_pretrained(name, local_files_only=local)
     quantized_already = getattr(config, "quantization_config", None) is not None
@@ -62,7 +68,7 @@ def load_base(options: Options, device: torch.device) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options.dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         local_files_only=local,
         dtype=options.dtype,
@@ -93,17 +99,17 @@ def add_adapter(model: PreTrainedModel, options: Options) -> Any:
     return peft_fast.get_peft_model(model, config)
 
 
-def apply_liger(model: PreTrainedModel, options: Options, device: torch.device) -> str | None:
+def apply_liger(model: PreTrainedModel, options: Options) -> str | None:
     """Liger's norm, RoPE, MLP and cross entropy on a GPU, where it is installed; what was done, or None on a CPU.
 
     Called before the adapter is added: Trainer's `use_liger_kernel` unwraps an adapted model only where peft is
     installed too. Its fused cross entropy multiplies by the head's weight itself, so it would skip an adapter there.
     """
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return None
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel: not installed (pip install liger-kernel saves time and memory outside the linear layers)"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # pyright: ignore[reportMissingImports]
     from transformers.integrations.liger import apply_liger_kernel
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -4,7 +4,7 @@ The base model is a byte-level Llama of 4.9 million parameters, trained here for
 paragraphs of the library's docstrings) and cached. The domain to adapt it to is the library's source code, split by
 file into training and held-out files; no docstring of a held-out file is in the prose.
 
-The cache is $XDG_CACHE_HOME/peft_fast (~/.cache/peft_fast), one folder per recipe, Python version and library text.
+The cache is $XDG_CACHE_HOME/peft_fast (~/.cache/peft_fast), one folder per recipe and build of Python.
 """
 
 import ast
@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import random
-import shutil
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,11 +43,12 @@ class Recipe:
     layers: int = 6
     heads: int = 4
     max_length: int = 1024  # tokens that the position embedding covers
-    context: int = 256  # tokens per training row
+    context: int = 128  # tokens per training row
     rows: int = 8  # per step
-    steps: int = 120
-    matrix_learning_rate: float = 1e-2  # Muon: 6 x lower loss drop per byte was measured with AdamW alone
-    other_learning_rate: float = 5e-3  # AdamW: embedding and norms
+    steps: int = 180
+    # Muon for the matrices: at this length AdamW alone ends 0.5 nats per byte higher (2.10 against 1.55, 300 steps).
+    matrix_learning_rate: float = 5e-3
+    other_learning_rate: float = 5e-3  # AdamW, for embedding and norms
     seed: int = 0
     heldout_every: int = 12  # of the library's files, one in so many is held out
     code_bytes: int = 400_000  # training files are taken up to this size in total
@@ -177,20 +178,18 @@ def prepare(recipe: Recipe | None = None, *, show_progress: bool = True) -> Embe
     Written beside its place and then renamed: an interrupted call leaves no half-made folder that a later one takes.
     """
     recipe = recipe or Recipe()
-    paragraphs, code, heldout = collect(recipe)
-    text = "\n\n".join(paragraphs)
-    parts = [json.dumps(asdict(recipe)), text, *code, *heldout]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{sys.version} {recipe}".encode()).hexdigest()[:16]
     folder = cache_root() / f"default-{key}"
     if not folder.is_dir():
+        paragraphs, code, heldout = collect(recipe)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
             new = Path(scratch) / "new"
-            train_base(recipe, text, show_progress=show_progress).save_pretrained(new / "model")
+            train_base(recipe, "\n\n".join(paragraphs), show_progress=show_progress).save_pretrained(new / "model")
             byte_tokenizer(recipe.max_length).save_pretrained(new / "model")
             for name, sources in (("train", code), ("heldout", heldout)):
                 lines = (json.dumps({"text": source}) + "\n" for source in sources)
                 (new / f"code-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             if not folder.is_dir():  # another process may have been faster
-                shutil.move(new, folder)
+                new.rename(folder)
     return Embedded(str(folder / "model"), str(folder / "code-train.jsonl"), str(folder / "code-heldout.jsonl"))

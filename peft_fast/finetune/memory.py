@@ -62,7 +62,8 @@ def advice_when_exhausted(options: Options, estimate: Estimate | None = None) ->
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}\n{advice(options, estimate)}") from error
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise OutOfMemory(f"out of memory: {first_line}\n{advice(options, estimate)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,8 +73,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def estimate(model: Any, options: Options, longest_row: int, device: torch.device) -> Estimate:
-    """Estimate for an adapted model on `device`, trained on rows of at most `longest_row` tokens.
+def estimate(model: Any, options: Options, longest_row: int) -> Estimate:
+    """Estimate for an adapted model on its device, trained on rows of at most `longest_row` tokens.
 
     Weights and adapter are counted exactly. What the forward pass keeps for backward is measured on one short row and
     scaled by the number of tokens: right for attention that does not keep its scores (sdpa, flash), too low for eager.
@@ -82,7 +83,7 @@ def estimate(model: Any, options: Options, longest_row: int, device: torch.devic
     adapter, base = _bytes(trainable), _bytes(_weights(model)) - _bytes(trainable)
     tokens = options.batch_size * longest_row
     probe = min(longest_row, PROBE_TOKENS)
-    activations = kept_for_backward(model, probe, options.dtype, device) * tokens // probe
+    activations = kept_for_backward(model, probe, options.dtype) * tokens // probe
     if options.gradient_checkpointing:
         activations = _with_checkpointing(activations, model, tokens, options.dtype)
     widest = max(
@@ -96,11 +97,11 @@ def estimate(model: Any, options: Options, longest_row: int, device: torch.devic
         optimizer_states=sum(weight.numel() for weight in trainable) * STATE_BYTES[options.optimizer],
         activations=activations,
         working_space=logits + widest * options.dtype.itemsize,
-        available=available_bytes(device) + base + adapter,  # both are loaded already
+        available=available_bytes(model.device) + base + adapter,  # both are loaded already
     )
 
 
-def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of distinct storages, weights aside, that one row's forward pass with loss saves for backward."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in _weights(model)}
     kept: dict[int, int] = {}
@@ -111,6 +112,7 @@ def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype, device: torch
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    device = model.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     model.train()
     generators = [device] if device.type == "cuda" else []

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,11 +73,12 @@ class Options:
         return DTYPES[self.precision]
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Options":
+    def from_dict(cls, values: dict[str, Any]) -> "Options":
         """The inverse of `to_dict`, also after a round trip through JSON, which has lists for tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -185,8 +187,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
 # fmt: on
 
 # What differs for the default model: small enough for two CPU cores, long enough for the loss to fall clearly.
-EMBEDDED = {"sequence_length": 256, "batch_size": 8, "learning_rate": 2e-3, "sample_tokens": 160}
-EMBEDDED_STEPS = 100
+EMBEDDED = {"sequence_length": 128, "batch_size": 16, "learning_rate": 2e-3, "sample_tokens": 96}
+EMBEDDED_STEPS = 60
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -13,7 +13,7 @@ import torch
 from peft_fast.finetune.options import Options
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 
 def sample(model: Any, tokenizer: Any, prompt: list[int], tokens: int) -> str:
@@ -79,6 +79,7 @@ def loss_figure(path: Path, train: list[tuple[int, float]], heldout: list[tuple[
         axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.margins(x=0.05, y=0.12)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="fine-tuning the adapter")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend()
     figure.savefig(path)

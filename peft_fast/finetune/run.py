@@ -1,6 +1,5 @@
 """The main job from beginning to end; `main` is what the command calls."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import peft_fast
 from peft_fast.finetune import base_model, data, embedded, memory, report, verify
+from peft_fast.finetune.base_model import process
 from peft_fast.finetune.options import LATEST, Options, parse
-from peft_fast.finetune.trainer import AdapterTrainer, make_trainer, process
+from peft_fast.finetune.trainer import AdapterTrainer, make_trainer
 
 # How far, relatively, a held-out loss may be from the one it should equal: a GPU may sum in another order.
 SAME = 1e-4
@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package at every import
     try:
         with peft_fast.use_backend(options.backend):
             run(options)
@@ -102,14 +101,14 @@ def _with_embedded(options: Options) -> Options:
 
 def _load(options: Options, corpus: data.Corpus) -> tuple[Any, memory.Estimate]:
     """The adapted model and what training it will take; both are shown."""
-    say, device = process().print, process().device
+    say = process().print
     with memory.advice_when_exhausted(options):
-        base = base_model.load_base(options, device)
-        liger = base_model.apply_liger(base, options, device)
+        base = base_model.load_base(options)
+        liger = base_model.apply_liger(base, options)
         set_seed(options.seed)
         model = base_model.add_adapter(base, options)
         longest = max(len(row["input_ids"]) for row in corpus.train)
-        estimate = memory.estimate(model, options, longest, device)
+        estimate = memory.estimate(model, options, longest)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"\n{peft_fast.explain(model)}")
     say(f"\ntrainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
@@ -164,7 +163,8 @@ def _check(losses: dict[str, float]) -> None:
     """Raises CheckFailed where a loss differs that must not: adapter disabled from before, reloaded from after."""
     pairs = (("adapter_disabled", "before"), ("reloaded", "after"))
     for name, expected in pairs:
-        if name in losses and abs(losses[name] - losses[expected]) > SAME * losses[expected]:
+        if name in losses and not abs(losses[name] - losses[expected]) <= SAME * losses[expected]:  # NaN fails too
             raise CheckFailed(
-                f"held-out loss {name.replace('_', ' ')} is {losses[name]}, but {expected} {losses[expected]}"
+                f"the held-out loss with the adapter {name.split('_')[-1]} is {losses[name]}, which must equal the one "
+                f"{expected} training, {losses[expected]}"
             )

@@ -7,10 +7,9 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -20,16 +19,14 @@ from peft_fast.finetune.options import OPTIMIZERS, Options
 MIB = 2**20
 
 
-def process() -> PartialState:
-    """This process among those that torchrun or accelerate started (gloo on CPUs, nccl on GPUs), and its device."""
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
 class AdapterTrainer(Trainer):
     """Trainer for a `peft_fast.PeftModel`.
 
     Optimiser, scheduler, random states and position in the data are checkpointed and resumed by Trainer itself.
     """
+
+    model: Any
+    eval_dataset: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter and the training arguments; Trainer would write the base model's weights as well."""
@@ -62,8 +59,8 @@ class AdapterTrainer(Trainer):
         return metrics
 
 
-def mean_loss(trainer: Trainer, rows: Sequence[data.Row]) -> float:
-    """Nats per predicted token of `rows`, over all processes, without touching the model's train or eval mode.
+def mean_loss(trainer: Any, rows: Sequence[data.Row]) -> float:
+    """Nats per predicted token of `rows` for any Trainer's model, left in the train or eval mode that it is in.
 
     Batches are dealt out to the processes whole, so that the result does not depend on how many there are.
     """
@@ -175,8 +172,8 @@ def make_trainer(
     trainer = AdapterTrainer(
         model=model,
         args=training_arguments(options),
-        train_dataset=corpus.train,  # any sized sequence is a dataset to torch
-        eval_dataset=corpus.heldout,
+        train_dataset=cast(Any, corpus.train),  # to torch any sized sequence is a dataset
+        eval_dataset=cast(Any, corpus.heldout),
         data_collator=data.collator(pad_token_id, flatten=options.packing and flash),
         callbacks=[progress],
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import peft_fast
 from peft_fast.finetune import base_model, data
 from peft_fast.finetune.options import Options
-from peft_fast.finetune.trainer import make_trainer, process
+from peft_fast.finetune.trainer import make_trainer
 
 
 def heldout_loss(folder: Path) -> float:
@@ -23,8 +23,8 @@ def heldout_loss(folder: Path) -> float:
     options = Options.from_dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["options"])
     tokenizer = base_model.load_tokenizer(str(options.model))
     corpus = data.load(options, tokenizer)
-    base = base_model.load_base(options, process().device)
-    base_model.apply_liger(base, options, process().device)
+    base = base_model.load_base(options)
+    base_model.apply_liger(base, options)
     with peft_fast.use_backend(options.backend):
         model = peft_fast.PeftModel.from_pretrained(base, str(folder))
         trainer, _ = make_trainer(model, corpus, options, tokenizer.pad_token_id)

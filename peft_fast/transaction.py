@@ -6,36 +6,39 @@ from typing import Any
 
 from torch import nn
 
+CONTAINERS = (dict, list, set)
+
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put `model` back as it was if the block raises: its modules, attributes, hooks, and what is trainable.
 
-    A first note of every module's containers is taken (submodules, parameters, hooks, dicts of scalings, ...), not of
-    the values in tensors: check those before you write them. Costs about 10 us per module.
+    Every module's attributes and containers are noted first (submodules, parameters, hooks, dicts of scalings, ...),
+    but no values of tensors: check what you write into them before you write it.
     """
-    attributes = [(module, {name: _noted(value) for name, value in vars(module).items()}) for module in model.modules()]
+    notes = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for module, noted in attributes:
+        for module, attributes, contents in notes:
             vars(module).clear()
-            vars(module).update({name: _restored(*pair) for name, pair in noted.items()})
+            vars(module).update(attributes)
+            _refill(attributes, contents)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
 
 
-def _noted(value: Any) -> tuple[Any, Any]:
-    """The object itself and a copy of what it holds: hooks and others keep references to the very same dict."""
-    return value, value.copy() if isinstance(value, (dict, list, set)) else None
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the module's containers, but for the many empty ones."""
+    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, CONTAINERS) and value}
 
 
-def _restored(value: Any, content: Any) -> Any:
-    if isinstance(value, list):
-        value[:] = content
-    elif content is not None:
-        value.clear()
-        value.update(content)
-    return value
+def _refill(attributes: dict[str, Any], contents: dict[str, Any]) -> None:
+    """The containers themselves get their contents back: hooks and others hold references to the very same dict."""
+    for name, value in attributes.items():
+        if isinstance(value, CONTAINERS):
+            value.clear()
+            if name in contents:
+                value.extend(contents[name]) if isinstance(value, list) else value.update(contents[name])

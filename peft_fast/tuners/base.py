@@ -183,11 +183,12 @@ class BaseTuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
+        for _, holder in self.holders():
+            holder.check_set_adapter(names)
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn("the merged adapters are unmerged before another adapter is set", stacklevel=2)
             self.unmerge_adapter()
-        with unchanged_on_error(self.model):
-            self._set_active(names, inference_mode)
+        self._set_active(names, inference_mode)
         self.active_adapters = names
 
     def _set_active(self, names: Sequence[str], inference_mode: bool) -> None:

@@ -71,6 +71,9 @@ class AdapterHolder(nn.Module):
                 keys[attribute] = f"{attribute}.{adapter_name}"
         return keys
 
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        """Raise ValueError where these adapters cannot be active together here."""
+
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these the active adapters, trainable unless `inference_mode`; freeze the others."""
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

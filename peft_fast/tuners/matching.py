@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -19,7 +19,13 @@ def matches(patterns: Collection[str] | str, path: str) -> bool:
     """A string is a regular expression for the whole path; names match the path or its end after a dot."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
-    return path in patterns or any(path.endswith(f".{name}") for name in patterns)
+    return any(end in patterns for end in ends(path))
+
+
+def ends(path: str) -> Iterator[str]:
+    """ "a.b.c" -> "c", "b.c", "a.b.c": the names that mean this path."""
+    parts = path.split(".")
+    return (".".join(parts[start:]) for start in reversed(range(len(parts))))
 
 
 def by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
@@ -50,7 +56,7 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
             f"target_modules {_shown(target_modules)} names {len(named)} modules, but {given} takes all of them away"
         )
     if not isinstance(target_modules, str):
-        idle = [name for name in target_modules if not any(matches([name], path) for path in named)]
+        idle = set(target_modules) - {end for path in named for end in ends(path)}
         if idle:
             warnings.warn(f"target_modules {_shown(idle)} match nothing{_closest(idle, paths)}", stacklevel=2)
     excluded = getattr(config, "exclude_modules", None)
@@ -109,22 +115,13 @@ def all_linear(model: nn.Module) -> set[str]:
     linear = [path for path in paths if (m := model.get_submodule(path)) is not head and _is_linear(m)]
     if not linear:
         raise ValueError(f"target_modules {ALL_LINEAR!r} found no linear layer in {type(model).__name__}")
-    others = set(paths) - set(linear)
-    return {_shortest_end(path, others) for path in linear}
+    ambiguous = {end for path in set(paths) - set(linear) for end in ends(path)}
+    return {next((end for end in ends(path) if end not in ambiguous), path) for path in linear}
 
 
 def _is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return is_dense_linear(base) or quantized_weight(base) is not None
-
-
-def _shortest_end(path: str, others: Iterable[str]) -> str:
-    parts = path.split(".")
-    for length in range(1, len(parts)):
-        end = ".".join(parts[-length:])
-        if not any(matches([end], other) for other in others):
-            return end
-    return path
 
 
 def _shown(names: Collection[str] | str) -> str:
@@ -133,10 +130,10 @@ def _shown(names: Collection[str] | str) -> str:
 
 def _closest(names: Collection[str] | str, paths: list[str]) -> str:
     """A hint: the last parts of the model's paths that look like what was asked for, or a few that exist."""
-    ends = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    last_parts = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     wanted = [names] if isinstance(names, str) else sorted(names)
-    close = [end for name in wanted for end in get_close_matches(name.rpartition(".")[2], ends, n=2)]
+    close = [part for name in wanted for part in get_close_matches(name.rpartition(".")[2], last_parts, n=2)]
     if close:
         return f": did you mean {', '.join(dict.fromkeys(close))}?"
-    shown = [end for end in ends if not end.isdigit()][:20]
+    shown = [part for part in last_parts if not part.isdigit()][:20]
     return f": its modules end in {', '.join(shown)}"

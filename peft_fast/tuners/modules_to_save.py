@@ -27,15 +27,17 @@ class ModulesToSaveWrapper(AdapterHolder):
     def add_adapter(self, adapter_name: str) -> None:
         self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        here = [name for name in wanted if name in self.modules_to_save]
+    def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
+        here = [name for name in adapter_names if name in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(
                 f"adapters {here} each have a copy of the same module in modules_to_save, and outputs of whole modules "
                 "cannot be summed: activate one of them"
             )
-        super().set_adapter(here, inference_mode)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
 
     def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:
         if adapter_name not in self.modules_to_save:

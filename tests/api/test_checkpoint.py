@@ -103,6 +103,17 @@ def test_from_pretrained_is_frozen_unless_trainable(llama, trained, tokens, tmp_
             assert one.requires_grad == (trainable and other.requires_grad), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_adapters_are_where_their_layers_are(llama, trained, tokens, tmp_path, low_cpu_mem_usage):
+    model = trained(adapted(llama().cuda())).eval()
+    model.save_pretrained(tmp_path)
+    read = PeftModel.from_pretrained(llama().cuda(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {parameter.device.type for parameter in read.parameters()} == {"cuda"}
+    assert torch.equal(read(tokens.cuda()).logits, model(tokens.cuda()).logits)
+
+
 def test_a_config_can_be_given(llama, trained, tokens, tmp_path):
     model = trained(adapted(llama())).eval()
     model.save_pretrained(tmp_path)

@@ -174,9 +174,22 @@ def test_modules_to_save_answers_for_the_module(llama, trained, tokens):
 def test_two_copies_of_a_module_cannot_be_active_at_once(llama, untouched):
     model = adapted(llama(), modules_to_save=["lm_head"])
     model.add_adapter("other", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with untouched(model), pytest.raises(ValueError, match="outputs of whole modules cannot be summed"):
-        model.base_model.set_adapter(["default", "other"])
-    assert model.active_adapters == ["default"]
+    for _ in ("as it is", "merged"):
+        with untouched(model), pytest.raises(ValueError, match="outputs of whole modules cannot be summed"):
+            model.base_model.set_adapter(["default", "other"])
+        assert model.active_adapters == ["default"]
+        model.merge_adapter()
+
+
+def test_setting_an_adapter_unmerges_the_others(llama, trained, tokens):
+    model = trained(adapted(llama()))
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    before = model(tokens).logits
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="are unmerged before"):
+        model.set_adapter("other")
+    model.set_adapter("default")
+    torch.testing.assert_close(model(tokens).logits, before)
 
 
 def test_injection_that_fails_half_way_leaves_the_model_as_it_was(llama, untouched, monkeypatch):

@@ -127,6 +127,16 @@ def test_checkpointing_gives_the_same_gradients(llama, trained, tokens, reentran
         torch.testing.assert_close(one, other)
 
 
+def test_a_checkpointed_model_gets_inputs_that_require_grad(llama, trained, tokens):
+    """Older transformers leave that to the adapter library."""
+    base = llama()
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    base.disable_input_require_grads()
+    model = trained(adapted(base)).train()
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.norm() > 0 for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_dropout_is_the_same_in_recomputation(llama, trained, tokens):
     grads = []
     for checkpointed in (False, True):

@@ -35,7 +35,7 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
     if p == 0.0:
         return x @ A.t()
     assert key is not None
-    return _product(x * dropout.mask(key, *x.shape, p), A.t(), dropout.correction(p))
+    return _product(x * dropout.mask(key, x.shape[0], x.shape[1], p), A.t(), dropout.correction(p))
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -69,7 +69,7 @@ def lora_down_backward(
             dx.addmm_(ds, A.to(ds.dtype))
         return (ds.t() @ x).to(A.dtype) if needs_dA else None
     assert key is not None
-    mask, c = dropout.mask(key, *x.shape, p), dropout.correction(p)
+    mask, c = dropout.mask(key, x.shape[0], x.shape[1], p), dropout.correction(p)
     if dx is not None:
         dx += _product(ds, A.to(ds.dtype), c).mul_(mask)
     return _product(ds.t(), x * mask, c).to(A.dtype) if needs_dA else None

@@ -5,7 +5,6 @@ The bytes, and the names in the state dict, are those of bitsandbytes.nn.Linear4
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -120,27 +119,26 @@ def quantize_linear_layers(
     if bits != 4:
         raise ValueError(f"bits must be 4, got {bits}: for 8 bits load the model with transformers' BitsAndBytesConfig")
     skipped = [_output_embedding_name(model)] if skip_modules is None else skip_modules
-    names = [
-        name
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear and not any(name == s or name.endswith("." + s) for s in skipped if s)
-    ]
-    if not names:
+    }
+    if not layers:
         raise ValueError(f"no nn.Linear to quantise in {type(model).__name__} besides {skipped}")
     blockwise.check_arguments(quant_type, blocksize)
-    for name in names:
-        if not bool(model.get_submodule(name).weight.isfinite().all()):
+    for name, linear in layers.items():
+        if not bool(linear.weight.isfinite().all()):
             raise ValueError(f"{name}.weight holds inf or NaN, which 4 bits cannot store: check the checkpoint")
-    for name in tqdm(names, desc=f"quantising to {quant_type}", unit="layer", disable=None, leave=False):
+    for name in tqdm(list(layers), desc=f"quantising to {quant_type}", unit="layer", disable=None, leave=False):
         parent, _, child = name.rpartition(".")
-        linear = model.get_submodule(name)
-        setattr(
-            model.get_submodule(parent), child, QuantizedLinear.from_linear(linear, quant_type, blocksize, double_quant)
-        )
+        # Popped: the dense weight is freed as soon as its layer is replaced.
+        quantized = QuantizedLinear.from_linear(layers.pop(name), quant_type, blocksize, double_quant)
+        setattr(model.get_submodule(parent), child, quantized)
     return model
 
 
-def _output_embedding_name(model: nn.Module) -> str:
+def _output_embedding_name(model: Any) -> str:
     """The name of the output embedding: transformers says which it is; elsewhere it is called lm_head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next((name for name, module in model.named_modules() if module is head), "lm_head") if head else "lm_head"

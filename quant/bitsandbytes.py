@@ -41,7 +41,7 @@ def read_linear(module: nn.Module) -> QuantizedWeight | None:
     """
     if not is_linear4bit(module):
         return None
-    weight, state = module.weight, _quant_state(module)
+    state = _quant_state(module)
     if getattr(state, "packing_format_for_cpu", False):
         _unpack_for_cpu(module, state)
     nested = None
@@ -49,7 +49,7 @@ def read_linear(module: nn.Module) -> QuantizedWeight | None:
         inner = state.state2
         nested = NestedScales(inner.absmax, inner.code, state.offset, inner.blocksize)
     shape = (state.shape[0], state.shape[1])
-    data = _as_bytes(weight.data)
+    data = _as_bytes(_stored(module))
     return QuantizedWeight(
         data, state.absmax, state.code, shape, state.blocksize, state.quant_type, state.dtype, nested
     )
@@ -61,8 +61,7 @@ def write_linear(module: nn.Module, weight: QuantizedWeight) -> None:
     here = read_linear(module)
     if here is None or here.format != weight.format:
         raise ValueError(f"the layer holds {here.format if here else None}, got {weight.format}: they must be equal")
-    storage: Tensor = module.weight.data
-    _as_bytes(storage).copy_(weight.data)
+    _as_bytes(_stored(module)).copy_(weight.data)
     state.absmax.copy_(weight.absmax)
     if weight.nested:
         state.state2.absmax.copy_(weight.nested.absmax)
@@ -77,6 +76,13 @@ def _quant_state(module: nn.Module) -> Any:
             'so call model.to("cuda") (or "cpu") first'
         )
     return state
+
+
+def _stored(module: nn.Module) -> Tensor:
+    """The packed bytes, in whatever dtype bitsandbytes keeps them."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.data
 
 
 def _as_bytes(data: Tensor) -> Tensor:
@@ -97,12 +103,12 @@ def _unpack_for_cpu(module: nn.Module, state: Any) -> None:
         stacklevel=2,
     )
     N, K = state.shape
-    packed = module.weight.data.view(torch.uint8).view(-1, 32)
+    packed = _stored(module).view(torch.uint8).view(-1, 32)
     nibbles = torch.cat([packed & 0xF, packed >> 4], dim=1).view(N // 32, K // 2, 32, 2)
     flat = nibbles.transpose(1, 2).reshape(-1)
     data = (flat[0::2] << 4) | flat[1::2]
     storage = getattr(state, "original_storage_type", None) or torch.uint8
-    module.weight.data = data.view(storage).view(-1, 1)
+    module.weight.data = data.view(storage).view(-1, 1)  # type: ignore[union-attr]
     state.absmax = state.absmax.t().float().reshape(-1).contiguous()
     state.dtype = state.original_dtype
     state.packing_format_for_cpu = False

@@ -91,8 +91,10 @@ class QuantizedWeight:
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], fmt: Format) -> "QuantizedWeight":
-        data, absmax, code, *rest = tensors
-        nested = NestedScales(*rest, fmt.nested_blocksize) if rest else None
+        data, absmax, code = tensors[:3]
+        nested = None
+        if fmt.nested_blocksize:
+            nested = NestedScales(tensors[3], tensors[4], tensors[5], fmt.nested_blocksize)
         return QuantizedWeight(data, absmax, code, (fmt.N, fmt.K), fmt.blocksize, fmt.quant_type, fmt.dtype, nested)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":

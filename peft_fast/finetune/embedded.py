@@ -156,8 +156,10 @@ def train_base(recipe: Recipe, text: str, *, show_progress: bool) -> LlamaForCau
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for step_of in (muon, adamw, *schedules):
-            step_of.step()
+        muon.step()
+        adamw.step()
+        for schedule in schedules:
+            schedule.step()
         model.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.2f} nats/byte", refresh=False)
     return model.eval()

@@ -16,14 +16,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 
-def sample(model: Any, tokenizer: Any, prompt: list[int], tokens: int) -> str:
-    """The greedy continuation of `prompt` by at most `tokens` tokens, as text."""
+def sample(model: Any, tokenizer: Any, prompt: list[int], tokens: int, seed: int) -> str:
+    """A continuation of `prompt` by at most `tokens` tokens, as text: drawn at temperature 0.8, the same for a seed."""
     ids = torch.tensor([prompt], device=model.device)
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, temperature=0.8,
+            use_cache=True, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
 

@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     def sample() -> str:
         if not options.sample_tokens or not process().is_main_process:
             return ""
-        return report.sample(model, tokenizer, prompt, options.sample_tokens)
+        return report.sample(model, tokenizer, prompt, options.sample_tokens, options.seed)
 
     with memory.advice_when_exhausted(options, estimate):
         results = _train(trainer, options, sample, clock)

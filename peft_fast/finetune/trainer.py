@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from peft_fast.finetune import data
 from peft_fast.finetune.options import OPTIMIZERS, Options
@@ -27,6 +27,7 @@ class AdapterTrainer(Trainer):
 
     model: Any
     eval_dataset: Any
+    control: TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter and the training arguments; Trainer would write the base model's weights as well."""

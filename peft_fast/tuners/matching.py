@@ -63,9 +63,9 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
     if excluded and not any(matches(excluded, path) for path in paths):
         warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
     for option in ("rank_pattern", "alpha_pattern"):
-        idle = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
-        if idle:
-            warnings.warn(f"{option} keys {_shown(idle)} match no target", stacklevel=2)
+        keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
+        if keys:
+            warnings.warn(f"{option} keys {_shown(keys)} match no target", stacklevel=2)
     return found
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .dispatch import TritonUnsupported
 from .quant.weight import QuantizedWeight
 from .tuners.layer import BaseTunerLayer
 
@@ -39,7 +40,7 @@ def explain(model: nn.Module, *, show: bool = True) -> Explanation:
     layer        its name in the model
     base weight  dtype of a dense weight; type, block size and kind of scales of a 4-bit one
     route        what a forward runs now: "split" and others in Triton, "reference" in plain torch, "base" where no
-                 adapter is in effect (ops/linear.py explains the routes)
+                 adapter is in effect (ops/linear.py explains the routes), "refused" where a forward would raise
     because      the reason for that route
 
     What is printed is what the next forward does with activations of the layer's own dtype, under the backend that is
@@ -48,8 +49,12 @@ def explain(model: nn.Module, *, show: bool = True) -> Explanation:
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            choice = module.route()
-            rows.append(Row(name, describe(module.base_weight()), choice.route, choice.because))
+            try:
+                choice = module.route()
+                route, because = choice.route, choice.because
+            except TritonUnsupported as refusal:
+                route, because = "refused", str(refusal)
+            rows.append(Row(name, describe(module.base_weight()), route, because))
     explanation = Explanation(tuple(rows))
     if show:
         print(explanation)

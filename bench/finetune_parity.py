@@ -15,7 +15,7 @@ import peft
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, set_seed
 
 from peft_fast.finetune import base_model, data, embedded
-from peft_fast.finetune.options import OptionError, Options, parse
+from peft_fast.finetune.options import Options, UserError, parse
 from peft_fast.finetune.trainer import mean_loss, training_arguments
 
 ALLOWED = 0.01  # relative difference of the held-out losses after training
@@ -85,10 +85,10 @@ def compare(options: Options) -> dict[str, Any]:
     """Both outcomes and how far they are apart.
 
     Raises:
-        OptionError: with dropout, whose masks the two draw differently, or packing or a hub id.
+        UserError: with dropout, whose masks the two draw differently, or packing or a hub id.
     """
     if options.dropout or options.packing:
-        raise OptionError("parity is measured without --dropout and without --packing")
+        raise UserError("parity is measured without --dropout and without --packing")
     tokenizer = base_model.load_tokenizer(str(options.model))
     corpus = data.load(options, tokenizer)
     theirs, ours = (outcome(build, options, corpus, tokenizer.pad_token_id) for build in (with_peft, with_peft_fast))

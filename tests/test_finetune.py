@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_fast
 from peft_fast.finetune import base_model, embedded, memory, report, run
-from peft_fast.finetune.options import Options, build_parser, parse
+from peft_fast.finetune.options import Options, UserError, build_parser, parse
 from peft_fast.finetune.trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,14 @@ def test_the_command(model_folder, data_file, tmp_path):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("adapter_model.safetensors", "loss.png", "metrics.json"):
         assert f"{output / name}" in done.stdout
-    for shown in ("q_proj", "trainable parameters: 8,192 of", "memory (estimate)", "there is", "held-out loss", "tokens/s"):
+    for shown in (
+        "q_proj",
+        "trainable parameters: 8,192 of",
+        "memory (estimate)",
+        "there is",
+        "held-out loss",
+        "tokens/s",
+    ):
         assert shown in done.stdout
     for checkpoint in ("checkpoint-4", "checkpoint-8"):
         assert {path.name for path in (output / checkpoint).iterdir()} == CHECKPOINT
@@ -125,10 +132,15 @@ def test_resume_alone_takes_the_newest_checkpoint(arguments, tmp_path):
     assert not (tmp_path / "run" / "checkpoint-2").exists()  # the newest two are kept
 
 
-def test_resuming_onto_other_layers_is_refused(arguments, tmp_path):
+def test_resuming_another_adapter_is_refused(arguments, capsys):
     finished([*arguments, "--save-every", "4", "--target-modules", "q_proj"])
-    with pytest.raises(ValueError, match="target-modules"):
-        run.main([*arguments, "--resume", "--target-modules", "q_proj,v_proj"])
+    for changed, message in (
+        (["q_proj,v_proj"], "--target-modules"),
+        (["v_proj"], "q_proj"),
+        (["q_proj", "--rank", "8"], "8"),
+    ):
+        assert run.main([*arguments, "--resume", "--target-modules", *changed]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_subset_of_the_layers_learns_on_a_cpu(arguments, tmp_path):
@@ -226,11 +238,16 @@ def test_options_survive_json(arguments):
     assert options.alpha == 8.0
 
 
-def test_a_wrong_layer_name_and_a_wrong_line_end_with_a_message(arguments, tmp_path, capsys):
+def test_what_the_user_can_change_ends_with_a_message(arguments, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"texts": 1}\n')
-    assert run.main([*arguments, "--data", str(bad)]) == 1
-    assert f"{bad}:2: `text` must be a string" in capsys.readouterr().err
+    for changed, message in (
+        (["--data", str(bad)], f"{bad}:2: `text` must be a string"),
+        (["--model", str(tmp_path)], "has no tokenizer"),
+        (["--target-modules", "no_such_layer"], "no_such_layer"),
+    ):
+        assert run.main([*arguments, *changed]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_memory_estimate(arguments, model_folder):
@@ -308,7 +325,7 @@ def test_packing_is_refused_where_documents_would_see_each_other(arguments, mode
         del batch["position_ids"]
         return batch
 
-    with pytest.raises(base_model.ModelError, match="leave out --packing"):
+    with pytest.raises(UserError, match="leave out --packing"):
         base_model.refuse_leaky_packing(model, without_positions)
 
 

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_fast.finetune import data, embedded
-from peft_fast.finetune.data import IGNORED, DataError
-from peft_fast.finetune.options import parse
+from peft_fast.finetune.data import IGNORED
+from peft_fast.finetune.options import UserError, parse
 
 EOS = 256
 CHAT = (
@@ -109,7 +109,7 @@ def test_a_text_file_is_one_document(write, tokenizer):
 def test_wrong_lines_are_named(write, tokenizer, line, message):
     tokenizer.chat_template = CHAT
     path = write("d.jsonl", {"text": "fine"}, "", line)
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(UserError) as raised:
         data.read_records(path, tokenizer)
     assert f"{path}:3: " in str(raised.value)
     assert message in str(raised.value)
@@ -118,18 +118,18 @@ def test_wrong_lines_are_named(write, tokenizer, line, message):
 def test_chat_templates_that_cannot_serve_are_refused(write, tokenizer):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     path = write("d.jsonl", {"messages": turns})
-    with pytest.raises(DataError, match="this tokenizer has none"):
+    with pytest.raises(UserError, match="this tokenizer has none"):
         data.read_records(path, tokenizer)
     tokenizer.chat_template = FORGETFUL_CHAT
-    with pytest.raises(DataError, match="rewrites earlier turns"):
+    with pytest.raises(UserError, match="rewrites earlier turns"):
         data.read_records(path, tokenizer)
 
 
 def test_files_without_text_are_refused(write, tmp_path, tokenizer):
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(UserError, match="holds no text"):
         data.read_records(write("d.txt", "  "), tokenizer)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         data.read_records(tmp_path / "latin.txt", tokenizer)
 
 
@@ -153,7 +153,7 @@ def test_splitting():
     # One long document: its pieces are shared out.
     train, heldout = data.split([[{"input_ids": [i], "labels": [i]} for i in range(20)]], 0.1, seed=0)
     assert (len(train), len(heldout)) == (18, 2)
-    with pytest.raises(DataError, match="--eval-data"):
+    with pytest.raises(UserError, match="--eval-data"):
         data.split([[{"input_ids": [1], "labels": [1]}]], 0.1, seed=0)
 
 

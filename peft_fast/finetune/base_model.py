@@ -11,11 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 import peft_fast
 from peft_fast.finetune import data
-from peft_fast.finetune.options import ALL_LINEAR, Options
-
-
-class ModelError(ValueError):
-    """A base model that does not fit the options. The message states the way out."""
+from peft_fast.finetune.options import ALL_LINEAR, Options, UserError
 
 
 def process() -> PartialState:
@@ -25,15 +21,18 @@ def process() -> PartialState:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of `name` with a padding token; a directory is never looked up on the hub."""
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} has no tokenizer that transformers can load: {error}") from error
     if not tokenizer.is_fast:
-        raise ModelError(
+        raise UserError(
             f"the tokenizer of {name} cannot report where in the text its tokens lie, which the loss mask needs; "
             "convert it to a tokenizer.json (a fast tokenizer)"
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"the tokenizer of {name} has neither a padding nor an end-of-text token; add one")
+            raise UserError(f"the tokenizer of {name} has neither a padding nor an end-of-text token; add one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -51,7 +50,7 @@ def load_base(options: Options) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, local_files_only=local)
     quantized_already = getattr(config, "quantization_config", None) is not None
     if quantized_already and options.bits == 16:
-        raise ModelError(f"{name} is stored quantised; --bits 16 needs the original weights, or use --bits 4")
+        raise UserError(f"{name} is stored quantised; --bits 16 needs the original weights, or use --bits 4")
 
     everything_adapted = options.target_modules == ALL_LINEAR
     use_bitsandbytes = (
@@ -96,7 +95,10 @@ def add_adapter(model: PreTrainedModel, options: Options) -> Any:
         lora_dropout=options.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    return peft_fast.get_peft_model(model, config)
+    try:
+        return peft_fast.get_peft_model(model, config)
+    except ValueError as error:  # no layer of these names, or not of a kind that takes an adapter
+        raise UserError(str(error)) from error
 
 
 def apply_liger(model: PreTrainedModel, options: Options) -> str | None:
@@ -121,7 +123,7 @@ def apply_liger(model: PreTrainedModel, options: Options) -> str | None:
 
 
 def refuse_leaky_packing(model: Any, collate: Callable[[list[data.Row]], dict[str, torch.Tensor]]) -> None:
-    """Raise ModelError if the model lets a packed document see the one before it in the row.
+    """Raise UserError if the model lets a packed document see the one before it in the row.
 
     Tried out rather than looked up, since any model may come: the second document's logits must not change when the
     first document does. Shapes and operations are the same both times, so equal means equal.
@@ -134,7 +136,7 @@ def refuse_leaky_packing(model: Any, collate: Callable[[list[data.Row]], dict[st
         with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
             logits.append(model(**batch).logits.flatten(0, 1)[16:])
     if not torch.equal(*logits):
-        raise ModelError(
+        raise UserError(
             f"{type(model.get_base_model()).__name__} lets packed documents see each other: it ignores position_ids "
             "that restart; leave out --packing"
         )

@@ -14,14 +14,10 @@ from typing import Any
 
 import torch
 
-from peft_fast.finetune.options import Options
+from peft_fast.finetune.options import Options, UserError
 
 IGNORED = -100  # the label that torch's cross entropy skips
 Row = dict[str, list[int]]
-
-
-class DataError(ValueError):
-    """A data file that cannot be used as it is. The message names file, line and the way out."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,19 @@ class Corpus:
 
 
 def read_records(path: str | Path, tokenizer: Any) -> list[Record]:
-    """All records of a .txt or .jsonl file. Raises DataError naming the line that is wrong."""
+    """All records of a .txt or .jsonl file. Raises UserError naming the line that is wrong."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
     if path.suffix == ".txt":
         records = [Record((Span(text, True),), is_prose=True)] if text.strip() else []
     else:
         lines = enumerate(text.split("\n"), start=1)
         records = [_parse_line(line, f"{path}:{number}", tokenizer) for number, line in lines if line.strip()]
     if not records:
-        raise DataError(f"{path} holds no text")
+        raise UserError(f"{path} holds no text")
     return records
 
 
@@ -75,15 +71,15 @@ def _parse_line(line: str, where: str, tokenizer: Any) -> Record:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not a JSON object per line ({error})") from error
+        raise UserError(f"{where}: not a JSON object per line ({error})") from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: a line must be a JSON object, got {type(fields).__name__}")
+        raise UserError(f"{where}: a line must be a JSON object, got {type(fields).__name__}")
     if "messages" in fields:
         return Record(tuple(_render_chat(fields["messages"], where, tokenizer)), is_prose=False, has_markup=True)
     names = ("prompt", "completion") if "prompt" in fields or "completion" in fields else ("text",)
     for name in names:
         if not isinstance(fields.get(name), str):
-            raise DataError(
+            raise UserError(
                 f"{where}: `{name}` must be a string, got {type(fields.get(name)).__name__} among the keys "
                 f"{sorted(fields)}; a line holds `text`, or `prompt` and `completion`, or `messages`"
             )
@@ -94,9 +90,9 @@ def _parse_line(line: str, where: str, tokenizer: Any) -> Record:
 def _render_chat(messages: Any, where: str, tokenizer: Any) -> list[Span]:
     """Spans of a conversation: the assistant's turns are learnt, everything that the template adds before them not."""
     if not (isinstance(messages, list) and all(isinstance(turn, dict) and "role" in turn for turn in messages)):
-        raise DataError(f"{where}: `messages` must be a list of objects with `role` and `content`")
+        raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
     if tokenizer.chat_template is None:
-        raise DataError(
+        raise UserError(
             f"{where}: `messages` need a chat template and this tokenizer has none; use an instruction-tuned model, "
             "put a chat_template.jinja into the model's folder, or give `prompt` and `completion`"
         )
@@ -107,14 +103,14 @@ def _render_chat(messages: Any, where: str, tokenizer: Any) -> list[Span]:
         before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
         after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not (before.startswith(done) and after.startswith(before)):
-            raise DataError(
+            raise UserError(
                 f"{where}: the chat template rewrites earlier turns once later ones follow (some drop old reasoning), "
                 "so the assistant's turns cannot be told apart; split the conversation at its assistant turns"
             )
         spans += [Span(before[len(done) :], learnt=False), Span(after[len(before) :], learnt=True)]
         done = after
     if not spans:
-        raise DataError(f"{where}: `messages` hold no turn of the assistant, so there is nothing to learn")
+        raise UserError(f"{where}: `messages` hold no turn of the assistant, so there is nothing to learn")
     return spans
 
 
@@ -158,7 +154,7 @@ def split(documents: Sequence[list[Row]], fraction: float, seed: int) -> tuple[l
     if len(documents) < 2 / fraction:
         documents = [[piece] for pieces in documents for piece in pieces]
     if len(documents) < 2:
-        raise DataError("one piece of text cannot be split into training and held-out data; give --eval-data")
+        raise UserError("one piece of text cannot be split into training and held-out data; give --eval-data")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
@@ -217,7 +213,7 @@ def load(options: Options, tokenizer: Any) -> Corpus:
     """Training and held-out rows of at most `options.sequence_length` tokens.
 
     Raises:
-        DataError: a file that is no text, a line of another form, or nothing left to learn or to hold out.
+        UserError: a file that is no text, a line of another form, or nothing left to learn or to hold out.
     """
     notes: list[str] = []
     documents = _documents(options.data, options, tokenizer, notes)
@@ -253,7 +249,7 @@ def _documents(files: Sequence[str], options: Options, tokenizer: Any, notes: li
     if empty:
         notes.append(f"{empty} records were left out: nothing to learn in them within {limit}")
     if not documents:
-        raise DataError(f"nothing to learn in {', '.join(files)} within {limit}; raise it or leave out --mask-prompt")
+        raise UserError(f"nothing to learn in {', '.join(files)} within {limit}; raise it or leave out --mask-prompt")
     return documents
 
 

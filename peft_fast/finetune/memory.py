@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peft_fast.finetune.options import Options
+from peft_fast.finetune.options import Options, UserError
 from peft_fast.tuners.base_weight import quantized_weight
 
 MIB = 2**20
@@ -50,8 +50,8 @@ class Estimate:
         return "memory (estimate)\n" + "\n".join(f"  {name:<18}{size / MIB:>12,.0f} MiB" for name, size in rows)
 
 
-class OutOfMemory(Exception):
-    """Memory ran out. The message is the advice to print."""
+class OutOfMemory(UserError):
+    """Memory ran out. The message is what to lower."""
 
 
 @contextmanager

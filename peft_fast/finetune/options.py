@@ -28,8 +28,8 @@ OPTIMIZERS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class OptionError(ValueError):
-    """Options that cannot be honoured together or on this machine. The message states the rule and the way out."""
+class UserError(ValueError):
+    """Options, files or a model that cannot be used as they are. The message: the rule, what was got, the way out."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     options = Options(**{**values, "data": tuple(values["data"]), "eval_data": tuple(values["eval_data"])})
     try:
         check(options)
-    except OptionError as error:
+    except UserError as error:
         parser.error(str(error))
     return options
 
@@ -229,7 +229,7 @@ def check(options: Options) -> None:
     """Refuse what cannot be honoured.
 
     Raises:
-        OptionError: with the rule, what was got and the way out.
+        UserError: with the rule, what was got and the way out.
     """
     _check_numbers(options)
     _check_files(options)
@@ -244,55 +244,58 @@ def _check_numbers(options: Options) -> None:
     for name, least in at_least.items():
         value = getattr(options, name)
         if value is not None and value < least:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for name in ("alpha", "learning_rate", "epochs"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise OptionError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if not 0 <= options.dropout < 1:
-        raise OptionError(f"--dropout is a probability below 1, got {options.dropout}")
+        raise UserError(f"--dropout is a probability below 1, got {options.dropout}")
     if not options.eval_data and not 0 < options.eval_fraction < 1:
-        raise OptionError(
+        raise UserError(
             f"--eval-fraction must lie between 0 and 1, got {options.eval_fraction}; "
             "name a held-out file with --eval-data to train on all of --data"
         )
     if not options.target_modules:
-        raise OptionError(f"--target-modules names no layer; leave it out for {ALL_LINEAR}")
+        raise UserError(f"--target-modules names no layer; leave it out for {ALL_LINEAR}")
 
 
 def _check_files(options: Options) -> None:
     if bool(options.model) != bool(options.data):
         given, missing = ("--model", "--data") if options.model else ("--data", "--model")
-        raise OptionError(f"{given} needs {missing} beside it; leave both out for the default model and data")
+        raise UserError(f"{given} needs {missing} beside it; leave both out for the default model and data")
     if options.eval_data and not options.data:
-        raise OptionError("--eval-data needs --model and --data; the default model has held-out files of its own")
+        raise UserError("--eval-data needs --model and --data; the default model has held-out files of its own")
     for name in (*options.data, *options.eval_data):
         if Path(name).suffix not in (".txt", ".jsonl"):
-            raise OptionError(f"data files end in .txt or .jsonl, got {name}")
+            raise UserError(f"data files end in .txt or .jsonl, got {name}")
         if not Path(name).is_file():
-            raise OptionError(f"data file {name} does not exist")
+            raise UserError(f"data file {name} does not exist")
     checkpoints = sorted(path.name for path in Path(options.output).glob("checkpoint-*"))
     if checkpoints and options.resume is None:
-        raise OptionError(
+        raise UserError(
             f"{options.output} holds {checkpoints[-1]} of an earlier run: continue it with --resume, "
             "or name another folder with --output"
         )
     if options.resume == LATEST and not checkpoints:
-        raise OptionError(f"--resume found no checkpoint-* in {options.output}; name one, or start without --resume")
+        raise UserError(f"--resume found no checkpoint-* in {options.output}; name one, or start without --resume")
     if options.resume not in (None, LATEST) and not (Path(options.resume) / "trainer_state.json").is_file():
-        raise OptionError(f"--resume {options.resume} is not a checkpoint: it has no trainer_state.json")
+        raise UserError(f"--resume {options.resume} is not a checkpoint: it has no trainer_state.json")
 
 
 def _check_machine(options: Options) -> None:
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(f"this command gives every GPU a whole model (DDP), but {variable} is set; use torchrun")
     on_gpu = torch.cuda.is_available()
     if options.precision == "fp16" and not on_gpu:
-        raise OptionError("--precision fp16 needs a GPU; a CPU trains in bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU; a CPU trains in bf16 or fp32")
     if options.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise OptionError("--precision bf16 is not native on this GPU; use fp16 or fp32")
+        raise UserError("--precision bf16 is not native on this GPU; use fp16 or fp32")
     if "8bit" in options.optimizer or "paged" in options.optimizer:
         if not on_gpu:
-            raise OptionError(f"--optimizer {options.optimizer} needs a GPU; use adamw")
+            raise UserError(f"--optimizer {options.optimizer} needs a GPU; use adamw")
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise OptionError(f"--optimizer {options.optimizer} comes with bitsandbytes: pip install bitsandbytes")
+            raise UserError(f"--optimizer {options.optimizer} comes with bitsandbytes: pip install bitsandbytes")
     if options.backend == "triton" and not on_gpu:
-        raise OptionError("--backend triton needs a GPU; auto and torch run anywhere")
+        raise UserError("--backend triton needs a GPU; auto and torch run anywhere")

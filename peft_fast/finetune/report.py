@@ -75,7 +75,8 @@ def loss_figure(path: Path, train: list[tuple[int, float]], heldout: list[tuple[
     if window > 1:
         means = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
         axes.plot(steps[window - 1 :], means, color="tab:blue", label=f"training, mean of {window} steps")
-    axes.plot(*zip(*heldout), "o--", color="tab:red", label="held out")
+    # Two points alone are not joined: between them the loss did not fall in a straight line.
+    axes.plot(*zip(*heldout), "o--" if len(heldout) > 2 else "o", color="tab:red", label="held out")
     for step, loss in (heldout[0], heldout[-1]):
         axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
     axes.margins(x=0.05, y=0.12)

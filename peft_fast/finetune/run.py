@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import peft_fast
 from peft_fast.finetune import base_model, data, embedded, memory, report, verify
 from peft_fast.finetune.base_model import process
-from peft_fast.finetune.options import LATEST, Options, parse
+from peft_fast.finetune.options import LATEST, Options, UserError, parse
 from peft_fast.finetune.trainer import AdapterTrainer, make_trainer
 
 # How far, relatively, a held-out loss may be from the one it should equal: a GPU may sum in another order.
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with peft_fast.use_backend(options.backend):
             run(options)
-    except (data.DataError, base_model.ModelError, memory.OutOfMemory, CheckFailed) as error:
+    except (UserError, CheckFailed) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from peft_fast.finetune import data
-from peft_fast.finetune.options import OPTIMIZERS, Options
+from peft_fast.finetune.options import OPTIMIZERS, Options, UserError
 
 MIB = 2**20
 
@@ -38,9 +38,12 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint's adapter into the live model, which keeps its base weights and its parameter objects."""
-        result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+        try:
+            result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+        except ValueError as error:  # damaged, of another rank, or of other layers
+            raise UserError(f"cannot resume from {resume_from_checkpoint}: {error}") from error
         if result.missing_keys:
-            raise ValueError(
+            raise UserError(
                 f"the adapter in {resume_from_checkpoint} lacks {len(result.missing_keys)} of this model's weights, "
                 f"{result.missing_keys[0]} for one: resume with the --target-modules it was trained with"
             )
@@ -128,7 +131,9 @@ def training_arguments(options: Options) -> TrainingArguments:
     with warnings.catch_warnings():
         # The name that every transformers 5 takes; its newest also call it activation_checkpointing and say so.
         warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
-        return _training_arguments(options)
+        arguments = _training_arguments(options)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs with nn.DataParallel
+    return arguments
 
 
 def _training_arguments(options: Options) -> TrainingArguments:

@@ -188,7 +188,9 @@ def advice(options: Options, estimate: Estimate | None) -> str:
         ways.append((states * 3 // 4, "--optimizer paged_adamw_8bit"))
     if options.rank > 8:
         ways.append((states // 2, f"--rank {options.rank // 2}"))
-    ways.append((0, "a smaller --model"))
+    if estimate:
+        ways = [way for way in ways if way[0] > estimate.needed / 100]
     ways.sort(key=lambda way: -way[0])
+    ways.append((0, "a smaller --model"))
     lines = (f"  {way}" + (f": about {saved / MIB:,.0f} MiB less" if saved else "") for saved, way in ways)
     return "to need less, in this order:\n" + "\n".join(lines)

@@ -161,8 +161,8 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
                        help="paged_* and *_8bit are bitsandbytes' and need a GPU (default: %(default)s)")
     group.add_argument("--gradient-checkpointing", action="store_true",
                        help="keep one activation per layer and recompute the rest: less memory, about a third slower")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of adapter, data order, dropout and split "
-                       "(default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="of adapter, data order, dropout, split and samples (default: %(default)s)")
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
@@ -174,9 +174,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
                        help="checkpoint interval, the newest two are kept; 0: none (default: 100)")
     group.add_argument("--resume", nargs="?", const=LATEST, metavar="CHECKPOINT",
                        help="continue from the newest checkpoint in --output, or from the one named")
-    group.add_argument(
-        "--prompt", metavar="TEXT", help="what the samples continue (default: a held-out record's start)"
-    )
+    group.add_argument("--prompt", metavar="TEXT",
+                       help="what the samples continue (default: the prompt or the start of a held-out record)")
     group.add_argument("--sample-tokens", type=int, default=128, metavar="TOKENS",
                        help="length of the samples before and after, 0: none (default: %(default)s)")
     group.add_argument("--verify", action=argparse.BooleanOptionalAction,

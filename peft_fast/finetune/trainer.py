@@ -31,6 +31,8 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter and the training arguments; Trainer would write the base model's weights as well."""
+        if not self.args.should_save:  # every process gets here
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(str(folder))

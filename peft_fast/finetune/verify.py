@@ -48,4 +48,6 @@ def in_fresh_process(folder: Path) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m peft_fast.finetune.verify FOLDER")
     print(json.dumps({"eval_loss": heldout_loss(Path(sys.argv[1]))}))

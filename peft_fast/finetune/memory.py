@@ -78,25 +78,30 @@ def estimate(model: Any, options: Options, longest_row: int) -> Estimate:
 
     Weights and adapter are counted exactly. What the forward pass keeps for backward is measured on one short row and
     scaled by the number of tokens: right for attention that does not keep its scores (sdpa, flash), too low for eager.
+    On a CPU, resident memory grew by 0.9 to 1.5 times the sum (five runs of 1 to 3 GB), the most with checkpointing.
     """
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     adapter, base = _bytes(trainable), _bytes(_weights(model)) - _bytes(trainable)
     tokens = options.batch_size * longest_row
     probe = min(longest_row, PROBE_TOKENS)
+    config = model.config.get_text_config()
     activations = kept_for_backward(model, probe, options.dtype) * tokens // probe
-    if options.gradient_checkpointing:
-        activations = _with_checkpointing(activations, model, tokens, options.dtype)
+    of_a_layer = activations // config.num_hidden_layers
+    if options.gradient_checkpointing:  # one input per layer, and all of the layer that is being recomputed
+        inputs = config.num_hidden_layers * tokens * config.hidden_size * options.dtype.itemsize
+        activations = inputs + of_a_layer
+    logits = tokens * config.vocab_size * 4  # in fp32, as the loss takes them
     widest = max(
         (module.in_features * module.out_features for module in model.modules() if _is_linear(module)), default=0
     )
-    logits = tokens * model.config.get_text_config().vocab_size * 4  # their gradient, in fp32
     return Estimate(
         base_weights=base,
         adapter=adapter,
         gradients=adapter,
         optimizer_states=sum(weight.numel() for weight in trainable) * STATE_BYTES[options.optimizer],
         activations=activations,
-        working_space=logits + widest * options.dtype.itemsize,
+        # In backward: the logits' gradient and softmax, a layer's gradients, and the largest weight dequantised.
+        working_space=2 * logits + of_a_layer + widest * options.dtype.itemsize,
         available=available_bytes(model.device) + base + adapter,  # both are loaded already
     )
 
@@ -124,13 +129,6 @@ def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype) -> int:
         loss = model(input_ids=ids, labels=ids).loss  # held to the end: a freed storage's address would be counted once
     del loss
     return sum(kept.values())
-
-
-def _with_checkpointing(activations: int, model: Any, tokens: int, dtype: torch.dtype) -> int:
-    """One input per layer, and all activations of the one layer that is being recomputed."""
-    config = model.config.get_text_config()
-    layers = config.num_hidden_layers
-    return layers * tokens * config.hidden_size * dtype.itemsize + activations // layers
 
 
 def _weights(model: Any) -> list[torch.Tensor]:

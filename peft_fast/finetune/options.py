@@ -45,7 +45,7 @@ class Options:
     packing: bool
     bits: int
     rank: int
-    alpha: float
+    alpha: int
     dropout: float
     target_modules: str | tuple[str, ...]
     steps: int | None
@@ -87,8 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m peft_fast.finetune",
         description="Train a LoRA adapter (QLoRA with --bits 4) and show that it worked. Without --model and --data it "
         "first trains a small Llama of its own on English prose from Python's standard library, then adapts that to "
-        "Python source code: no download, under five minutes on two cores.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Python source code: no download, under five minutes on two cores. It has defaults of its own: "
+        + ", ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in {**EMBEDDED, "steps": EMBEDDED_STEPS}.items()
+        )
+        + ", --save-every 0, --verify.",
         allow_abbrev=False,
     )
     _add_model_options(parser.add_argument_group("model"))
@@ -137,7 +140,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rank", type=int, default=16, metavar="R", help="rank of the adapter (default: %(default)s)")
-    group.add_argument("--alpha", type=float, metavar="A", help="the update is scaled by A/R (default: 2 x R)")
+    group.add_argument("--alpha", type=int, metavar="A", help="the update is scaled by A/R (default: 2 x R)")
     group.add_argument("--dropout", type=float, default=0.0, metavar="P",
                        help="probability of dropping an adapter input (default: %(default)s)")
     group.add_argument("--target-modules", default=ALL_LINEAR, metavar="NAMES",
@@ -206,7 +209,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         values["target_modules"] = tuple(name for name in names if name)
     if values["precision"] == "auto":
         values["precision"] = _best_precision()
-    defaults = {"alpha": 2.0 * values["rank"], "save_every": 0 if embedded else 100, "verify": embedded}
+    defaults = {"alpha": 2 * values["rank"], "save_every": 0 if embedded else 100, "verify": embedded}
     for name, default in defaults.items():
         if values[name] is None:
             values[name] = default

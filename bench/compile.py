@@ -54,10 +54,10 @@ class Row:
 def launches(quick: bool) -> Iterator[tuple[str, Launch]]:
     """(variant, launch) for what the launchers do with real arguments. Shapes only matter by their divisibility by 16;
     ranks by that, by their tile and by whether one tile is enough."""
-    aligned, odd = ((16, 80), ()) if quick else ((8, 16, 32, 64, 128), (17, 80))
+    aligned, odd = ((16, 80), ()) if quick else ((8, 16, 17, 32, 64, 128), (17, 80))
     for dname, dtype in DTYPES.items():
-        for rank in (*aligned, *odd):
-            sname, (M, N, K) = ("odd", (33, 71, 67)) if rank in odd else ("aligned", (64, 64, 64))
+        for rank, sname in [*((r, "aligned") for r in aligned), *((r, "odd") for r in odd)]:
+            M, N, K = (64, 64, 64) if sname == "aligned" else (33, 71, 67)
             for adapter in dict.fromkeys((dtype, torch.float32)):
                 tag = f"{dname} R{rank} {sname}" + (" fp32-adapter" if adapter != dtype else "")
                 yield from _lora(tag, dtype, adapter, M, N, K, rank, quick)
@@ -129,7 +129,7 @@ def jobs(quick: bool, targets: tuple[int, ...] = TARGETS, only: str = "") -> lis
         (variant, launch, target)
         for launch, variant in reversed(different.items())
         for target in targets
-        if only in launch.name and (target >= 80 or launch.name.startswith("dequantize"))
+        if only in f"{launch.name} {variant}" and (target >= 80 or launch.name.startswith("dequantize"))
     ]
 
 
@@ -174,7 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the matrix, in under a minute")
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, without the dot")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--only", default="", help="only kernels or variants whose name contains this")
     options = parser.parse_args()
     rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
     return report(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout
-from .tiles import dropout_mask, input_precision, rank_block
+from .tiles import dropout_mask, input_precision, rank_block, warps
 
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
 # so that the order of the sums, and with it every bit of the result, is the same on all of them
@@ -93,15 +93,18 @@ def _lora_down_bwd_kernel(
         tl.store(da_ptr + (split * R + r) * K + k, acc * scale, mask=(r < R) & (k < K))
 
 
+# Tile sizes by rank and bytes per element of x: the widest that spill nothing on any target (bench/compile.py). Untuned
+# beyond that: nothing here has run on a GPU yet.
+
+
 def forward_config(R: int, itemsize: int) -> dict:
-    """Tile sizes by rank and bytes per element of x: the widest that spill nothing on any target (bench/compile.py).
-    Untuned beyond that: nothing here has run on a GPU yet."""
     block_r = rank_block(R, itemsize)
-    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r < 64 else 64, BLOCK_R=block_r, num_warps=4)
+    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
 def backward_config(R: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
+    block_r = rank_block(R, itemsize)
+    return dict(BLOCK_M=32, BLOCK_K=64 if itemsize == 2 and block_r < 64 else 32, BLOCK_R=block_r)
 
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
@@ -113,7 +116,7 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
         config = forward_config(R, x.element_size())
         _lora_down_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]))](
             x, A, s, key, M, K, R, dropout.threshold(p), dropout.correction(p), x.stride(0), A.stride(0),
-            DROPOUT=p > 0, PRECISION=input_precision(), enable_fp_fusion=True, **config,
+            DROPOUT=p > 0, PRECISION=input_precision(), num_warps=warps(x, A), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return s
 
@@ -148,7 +151,7 @@ def lora_down_backward(
                 M, K, R, rows, dropout.threshold(p), dropout.correction(p),
                 x.stride(0), A.stride(0), 0 if dx is None else dx.stride(0),
                 NEEDS_DA=dA_pass, NEEDS_DX=dx_pass, DROPOUT=p > 0, PRECISION=input_precision(),
-                enable_fp_fusion=True, **config,
+                num_warps=warps(x, A, x if dx is None else dx), enable_fp_fusion=True, **config,
             )  # fmt: skip
     if not needs_dA:
         return None

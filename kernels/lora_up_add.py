@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import input_precision, rank_block
+from .tiles import input_precision, rank_block, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
 # 59 MB for N = 14336, R = 16
@@ -73,17 +73,19 @@ def _lora_up_bwd_kernel(
         tl.store(ds_ptr + m * R + r, acc * factor, mask=(m < M) & (r < R))
 
 
+# Tile sizes by rank and bytes per element of y: the widest that spill nothing on any target (bench/compile.py). Untuned
+# beyond that: nothing here has run on a GPU yet.
+
+
 def forward_config(R: int, itemsize: int) -> dict:
-    """Tile sizes by rank and bytes per element of y: the widest that spill nothing on any target (bench/compile.py).
-    Untuned beyond that: nothing here has run on a GPU yet."""
-    return dict(BLOCK_M=64, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
+    return dict(BLOCK_M=64, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=rank_block(R, itemsize))
 
 
 def backward_config(R: int, itemsize: int) -> dict:
     block_r = rank_block(R, itemsize)
     if itemsize == 4:
-        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r, num_warps=4)
-    return dict(BLOCK_M=128 if block_r < 64 else 64, BLOCK_N=64, BLOCK_R=block_r, num_warps=4)
+        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r)
+    return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=64, BLOCK_R=block_r)
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -96,7 +98,7 @@ def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | N
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     _lora_up_add_fwd_kernel[grid](
         y, s.contiguous(), B, bias, scale, M, N, R, y.stride(0), B.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=input_precision(), enable_fp_fusion=True, **config,
+        HAS_BIAS=bias is not None, PRECISION=input_precision(), num_warps=warps(y), enable_fp_fusion=True, **config,
     )  # fmt: skip
 
 
@@ -116,7 +118,8 @@ def lora_up_backward(
         _lora_up_bwd_kernel[(programs, triton.cdiv(R, config["BLOCK_R"]))](
             dy[rows], s[rows], B, partial if ds is None else ds[rows], partial,
             scale, rows.stop - start, N, R, dy.stride(0), B.stride(0),
-            NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(), enable_fp_fusion=True, **config,
+            NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(),
+            num_warps=warps(dy), enable_fp_fusion=True, **config,
         )  # fmt: skip
         if dB is not None:
             dB = partial.sum(0) if start == 0 else dB + partial.sum(0)

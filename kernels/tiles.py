@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -30,4 +31,12 @@ def input_precision() -> str:
 def rank_block(R: int, itemsize: int) -> int:
     """The tile along R: a power of two, at least the 16 that tl.dot needs. Larger ranks take several tiles: wider ones
     spill registers in the backward kernels, fp32 ones sooner (bench/compile.py)."""
-    return min(max(16, triton.next_power_of_2(R)), 64 if itemsize == 2 else 32)
+    return min(max(16, triton.next_power_of_2(R)), 64 if itemsize == 2 else 16)
+
+
+def warps(*tensors: Tensor) -> int:
+    """8 where a row of these matrices does not start at a multiple of 16 elements, else 4.
+
+    Triton then loads element by element and keeps one address for each: spread over 8 warps they fit the registers.
+    """
+    return 4 if all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors) else 8

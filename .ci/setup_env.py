@@ -12,6 +12,8 @@ Three cases, told apart before anything is installed:
 Standard library only: it runs before anything is installed.
 """
 
+from __future__ import annotations  # an older Python must come as far as the message that it is too old
+
 import importlib.metadata
 import os
 import subprocess
@@ -53,7 +55,7 @@ def installed(name: str) -> str | None:
 def main(extras: list[str]) -> None:
     if not sys.platform.startswith("linux"):
         sys.exit(f"setup: peft_fast runs on Linux and WSL (Triton is built for them); this is {sys.platform}")
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036, this script runs before anything is checked
         sys.exit(f"setup: Python >= 3.10 is needed, this is {sys.version.split()[0]}; call make PYTHON=python3.12 ...")
     outer = probe(sys.executable)
     if not PYTHON.exists():

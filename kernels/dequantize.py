@@ -13,6 +13,8 @@ from torch import Tensor
 
 from peft_fast.quant.weight import QuantizedWeight
 
+from . import tiles
+
 BLOCK = 4096  # elements per program: 16 bytes of codes per thread; a multiple of every quantisation block
 
 
@@ -57,6 +59,4 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Ten
 
 def why_not(dtype: torch.dtype) -> str | None:
     """The reason this kernel cannot write this dtype, or None where it can."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the output is {dtype}, the kernel writes float32, float16 and bfloat16"
-    return None
+    return tiles.why_not("the output", dtype)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dropout
-from .tiles import dropout_mask, input_precision, rank_block, warps
+from . import dropout, tiles
+from .tiles import dropout_mask, input_precision, rank_block, rows, warps
 
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
 # so that the order of the sums, and with it every bit of the result, is the same on all of them
@@ -109,7 +109,7 @@ def backward_config(R: int, itemsize: int) -> dict:
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
     """s [M, R] in x's dtype from x [M, K] and A [R, K]; `key` int32 [2] where p > 0."""
-    x, A = _rows(x), _rows(A)
+    x, A = rows(x), rows(A)
     (M, K), R = x.shape, A.shape[0]
     s = x.new_empty(M, R)
     if M:
@@ -131,7 +131,7 @@ def lora_down_backward(
     needs_dA: bool = True,
 ) -> Tensor | None:
     """dA [R, K] in A's dtype, None where it is not needed; LoRA's part is added to dx [M, K], in place, if given."""
-    x, A, ds = _rows(x), _rows(A), ds.contiguous()
+    x, A, ds = rows(x), rows(A), ds.contiguous()
     (M, K), R = x.shape, A.shape[0]
     if M == 0:
         return torch.zeros_like(A) if needs_dA else None
@@ -139,8 +139,8 @@ def lora_down_backward(
     columns = triton.cdiv(K, config["BLOCK_K"])
     steps = triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
-    rows = triton.cdiv(steps, splits) * config["BLOCK_M"]
-    splits = triton.cdiv(M, rows)
+    rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
+    splits = triton.cdiv(M, rows_per_split)
     partial = torch.empty((splits, R, K), dtype=A.dtype if splits == 1 else torch.float32, device=x.device)
     rank_tiles = triton.cdiv(R, config["BLOCK_R"])
     together = rank_tiles == 1
@@ -148,7 +148,7 @@ def lora_down_backward(
         if dA_pass or dx_pass:
             _lora_down_bwd_kernel[(columns, splits, rank_tiles if dA_pass else 1)](
                 ds, x, A, x if dx is None else dx, partial, key,
-                M, K, R, rows, dropout.threshold(p), dropout.correction(p),
+                M, K, R, rows_per_split, dropout.threshold(p), dropout.correction(p),
                 x.stride(0), A.stride(0), 0 if dx is None else dx.stride(0),
                 NEEDS_DA=dA_pass, NEEDS_DX=dx_pass, DROPOUT=p > 0, PRECISION=input_precision(),
                 num_warps=warps(x, A, x if dx is None else dx), enable_fp_fusion=True, **config,
@@ -158,13 +158,6 @@ def lora_down_backward(
     return partial[0] if splits == 1 else partial.sum(0).to(A.dtype)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """The matrix itself where its rows are dense, however far apart; else a copy."""
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def why_not(dtype: torch.dtype) -> str | None:
-    """The reason these kernels cannot take x of this dtype, or None where they can."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"x is {dtype}, the kernels take float32, float16 and bfloat16"
-    return None
+    """The reason these kernels cannot take x of this dtype, or None where they can. Shapes and strides are free."""
+    return tiles.why_not("x", dtype)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import input_precision, rank_block, warps
+from . import tiles
+from .tiles import input_precision, rank_block, rows, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
 # 59 MB for N = 14336, R = 16
@@ -91,7 +92,7 @@ def backward_config(R: int, itemsize: int) -> dict:
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
     """y [M, N] += bias + scale * s @ B.T, in place. The rows of y must be dense."""
     assert y.stride(1) == 1
-    (M, N), R, B = y.shape, B.shape[1], _rows(B)
+    (M, N), R, B = y.shape, B.shape[1], rows(B)
     if y.numel() == 0:
         return
     config = forward_config(R, y.element_size())
@@ -106,34 +107,28 @@ def lora_up_backward(
     dy: Tensor, s: Tensor, B: Tensor, scale: float, needs_ds: bool = True, needs_dB: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds [M, R] in dy's dtype and dB [N, R] in B's, each None where it is not needed."""
-    dy, s, B = _rows(dy), s.contiguous(), _rows(B)
+    dy, s, B = rows(dy), s.contiguous(), rows(B)
     (M, N), R = dy.shape, B.shape[1]
     ds = dy.new_empty(M, R) if needs_ds else None
-    dB = torch.zeros((N, R), dtype=torch.float32, device=dy.device) if needs_dB and M != 0 else None
+    dB: Tensor | None = None
     config = backward_config(R, dy.element_size())
     for start in range(0, M, SLAB):
-        rows = slice(start, min(start + SLAB, M))
-        programs = triton.cdiv(rows.stop - start, config["BLOCK_M"])
+        slab = slice(start, min(start + SLAB, M))
+        programs = triton.cdiv(slab.stop - start, config["BLOCK_M"])
         partial = torch.empty((programs if needs_dB else 0, N, R), dtype=torch.float32, device=dy.device)
         _lora_up_bwd_kernel[(programs, triton.cdiv(R, config["BLOCK_R"]))](
-            dy[rows], s[rows], B, partial if ds is None else ds[rows], partial,
-            scale, rows.stop - start, N, R, dy.stride(0), B.stride(0),
+            dy[slab], s[slab], B, partial if ds is None else ds[slab], partial,
+            scale, slab.stop - start, N, R, dy.stride(0), B.stride(0),
             NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(),
             num_warps=warps(dy), enable_fp_fusion=True, **config,
         )  # fmt: skip
-        if dB is not None:
-            dB = partial.sum(0) if start == 0 else dB + partial.sum(0)
+        if needs_dB:
+            dB = partial.sum(0) if dB is None else dB + partial.sum(0)
     if not needs_dB:
         return ds, None
     return ds, torch.zeros_like(B) if dB is None else dB.to(B.dtype)
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def why_not(dtype: torch.dtype) -> str | None:
-    """The reason these kernels cannot take y of this dtype, or None where they can."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"y is {dtype}, the kernels take float32, float16 and bfloat16"
-    return None
+    """The reason these kernels cannot take y of this dtype, or None where they can. Shapes and strides are free."""
+    return tiles.why_not("y", dtype)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_fast.quant.weight import DTYPES
+
 
 @triton.jit
 def dropout_mask(key_ptr, rows, pairs, PAIRS, threshold):
@@ -32,6 +34,16 @@ def rank_block(R: int, itemsize: int) -> int:
     """The tile along R: a power of two, at least the 16 that tl.dot needs. Larger ranks take several tiles: wider ones
     spill registers in the backward kernels, fp32 ones sooner (bench/compile.py)."""
     return min(max(16, triton.next_power_of_2(R)), 64 if itemsize == 2 else 16)
+
+
+def rows(t: Tensor) -> Tensor:
+    """The matrix itself where its rows are dense, however far apart they lie; else a copy."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def why_not(name: str, dtype: torch.dtype) -> str | None:
+    """The reason the kernels cannot take a tensor of this dtype, or None where they can."""
+    return None if dtype in DTYPES else f"{name} is {dtype}, the kernels take float32, float16 and bfloat16"
 
 
 def warps(*tensors: Tensor) -> int:

@@ -79,7 +79,7 @@ def test_transformers_and_peft_find_hugging_faces_kernels_from_the_checkout(wher
     (package / "__init__.py").write_text("WHO = 'Hugging Face'\n")
     code = """
 import sys; sys.path.append(sys.argv[1])
-import kernels; print(kernels.WHO)
+import importlib; print(importlib.import_module("kernels").WHO)
 sys.path.insert(0, sys.argv[2])
 import peft_fast.kernels.reference as r; print(r.__name__)
 from transformers import LlamaForCausalLM

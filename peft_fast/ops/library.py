@@ -6,6 +6,7 @@ formulas (torch 2.13), and are private: called directly, a torch implementation 
 silently would not.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -24,18 +25,21 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register the decorated implementation as the op of this schema; return the op.
 
     `fake` computes output shapes and dtypes without data. The implementation runs with autocast off: the caller has
-    cast already, and what it allocates must have the dtypes that `fake` promised.
+    cast already, and what it allocates must have the dtypes that `fake` promised. It runs on its tensors' own GPU,
+    where a model is spread over several: Triton launches on the current one.
     """
     name = schema.partition("(")[0]
 
     def register(implementation: Callable) -> Callable:
         @functools.wraps(implementation)
         def run(*args):
-            device = next(_device_of(a) for a in args if isinstance(a, (Tensor, list)))
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return implementation(*args)
-            return implementation(*args)
+            device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
+            with contextlib.ExitStack() as stack:
+                if torch.is_autocast_enabled(device.type):
+                    stack.enter_context(torch.autocast(device.type, enabled=False))
+                if device.type == "cuda":
+                    stack.enter_context(torch.cuda.device(device))
+                return implementation(*args)
 
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -43,10 +47,6 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         return getattr(torch.ops.peft_fast, name).default
 
     return register
-
-
-def _device_of(tensors: Tensor | list[Tensor]) -> str:
-    return (tensors if isinstance(tensors, Tensor) else tensors[0]).device.type
 
 
 def implementation(choice: Choice) -> ModuleType:

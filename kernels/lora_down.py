@@ -104,7 +104,9 @@ def forward_config(R: int, itemsize: int) -> dict:
 
 def backward_config(R: int, itemsize: int) -> dict:
     block_r = rank_block(R, itemsize)
-    return dict(BLOCK_M=32, BLOCK_K=64 if itemsize == 2 and block_r < 64 else 32, BLOCK_R=block_r)
+    if itemsize == 4 or block_r == 64:
+        return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
+    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r)
 
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:

@@ -86,7 +86,7 @@ def backward_config(R: int, itemsize: int) -> dict:
     block_r = rank_block(R, itemsize)
     if itemsize == 4:
         return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r)
-    return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=64, BLOCK_R=block_r)
+    return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=32 if block_r == 32 else 64, BLOCK_R=block_r)
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -99,7 +99,7 @@ def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | N
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     _lora_up_add_fwd_kernel[grid](
         y, s.contiguous(), B, bias, scale, M, N, R, y.stride(0), B.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=input_precision(), num_warps=warps(y), enable_fp_fusion=True, **config,
+        HAS_BIAS=bias is not None, PRECISION=input_precision(), num_warps=warps(y, B), enable_fp_fusion=True, **config,
     )  # fmt: skip
 
 

@@ -59,7 +59,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         tuner = tuner_class(peft_config.peft_type)
         self.base_model = tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self.peft_type = peft_config.peft_type
-        self._adapters_disabled = False
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
@@ -123,15 +122,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model."""
-        was_disabled = self._adapters_disabled
-        self.base_model.disable_adapter_layers()
-        self._adapters_disabled = True
-        try:
+        with self.base_model.disabled_adapters():
             yield
-        finally:
-            self._adapters_disabled = was_disabled
-            if not was_disabled:
-                self.base_model.enable_adapter_layers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         refuse_mixed_batch(kwargs)

@@ -11,7 +11,7 @@ merging, and the keys of its files. Everything that changes the structure of the
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +75,9 @@ class BaseTuner(nn.Module):
         saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
         paths = find_targets(self.model, config, resolved)
         first = not self.peft_config
+        active = [adapter_name] if first else self.active_adapters
+        before = {holder for _, holder in self.holders()}
+        off = bool(before) and all(holder.disable_adapters for holder in before)
         kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
         with unchanged_on_error(self.model), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             for path in paths:
@@ -82,7 +85,12 @@ class BaseTuner(nn.Module):
                 self._replace(path, self.adapt(target, path, adapter_name, config))
             for path in saved:
                 self._wrap(path, adapter_name)
-            self._set_active(self.active_adapters, config.inference_mode)
+            for _, holder in self.holders():
+                if first or holder not in before:
+                    holder.set_adapter(active, config.inference_mode)
+                    holder.enable_adapters(not off)
+                else:  # what is active and what is paused in it is not this adapter's business
+                    holder.set_requires_grad(adapter_name, False)
             if autocast_adapter_dtype:
                 self._cast_to_float32(adapter_name)
             if first:
@@ -91,6 +99,7 @@ class BaseTuner(nn.Module):
                 parameter.requires_grad_(requires_grad)
         config.target_modules = resolved
         self.peft_config[adapter_name] = config
+        self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -211,6 +220,19 @@ class BaseTuner(nn.Module):
                 warnings.warn(f"adapter {name!r} trained biases of the base model: they stay as trained", stacklevel=3)
         for _, holder in self.holders():
             holder.enable_adapters(False)
+
+    @contextmanager
+    def disabled_adapters(self) -> Iterator[None]:
+        """All adapters are off within the block; those that were off before stay so after it."""
+        off = {holder for _, holder in self.holders() if holder.disable_adapters}
+        all_off = all(holder in off for _, holder in self.holders())
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for _, holder in self.holders():  # those that the block added, too
+                if holder not in off and not all_off:
+                    holder.enable_adapters(True)
 
     def _check_known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]

@@ -281,3 +281,42 @@ def test_a_plain_module_can_be_adapted():
     assert type(model) is PeftModel
     assert model(torch.ones(3, 4)).shape == (3, 2)
     assert trainable(model) == {f"base_model.model.0.lora_{m}.default.weight" for m in "AB"}
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["norm"]])
+def test_adding_an_adapter_while_all_are_off_changes_nothing_for_those_there(llama, tokens, modules_to_save):
+    model = adapted(llama())
+    before, logits = trainable(model), model(tokens).logits
+    with model.disable_adapter():
+        config = LoraConfig(target_modules=["q_proj", "k_proj"], modules_to_save=modules_to_save)
+        model.add_adapter("other", config)
+        assert all(holder.disable_adapters for _, holder in model.base_model.holders())
+        assert trainable(model) == set()
+    assert trainable(model) == before
+    assert not any(holder.disable_adapters for _, holder in model.base_model.holders())
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_adapters_that_were_off_stay_off_after_disable_adapter(llama):
+    model = adapted(llama())
+    before = trainable(model)
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        model.add_adapter("other", LoraConfig(target_modules=["k_proj"]))
+    assert all(holder.disable_adapters for _, holder in model.base_model.holders())
+    assert trainable(model) == set()
+    model.base_model.enable_adapter_layers()
+    assert trainable(model) == before
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.enable_adapters(False)
+    with model.disable_adapter():
+        pass
+    assert [h for _, h in model.base_model.holders() if h.disable_adapters] == [layer]
+
+
+def test_the_first_adapter_after_all_were_deleted_is_active(llama):
+    model = adapted(llama())
+    before = trainable(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
+    assert (model.active_adapters, trainable(model)) == (["default"], before)

@@ -49,5 +49,5 @@ format: $(call ready,lint) ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 check: lint types test ## what must be green before a commit leaves this machine
 
-clean: ## remove the environment and everything generated
-	rm -rf .venv build dist *.egg-info runs .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove the environment and all caches; runs/ with your adapters stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

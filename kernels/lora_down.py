@@ -133,10 +133,11 @@ def lora_down_backward(
     needs_dA: bool = True,
 ) -> Tensor | None:
     """dA [R, K] in A's dtype, None where it is not needed; LoRA's part is added to dx [M, K], in place, if given."""
+    assert dx is None or dx.stride(1) == 1
     x, A, ds = rows(x), rows(A), ds.contiguous()
     (M, K), R = x.shape, A.shape[0]
     if M == 0:
-        return torch.zeros_like(A) if needs_dA else None
+        return A.new_zeros(A.shape) if needs_dA else None
     config = backward_config(R, x.element_size())
     columns = triton.cdiv(K, config["BLOCK_K"])
     steps = triton.cdiv(M, config["BLOCK_M"])

@@ -95,6 +95,7 @@ def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | N
     (M, N), R, B = y.shape, B.shape[1], rows(B)
     if y.numel() == 0:
         return
+    bias = None if bias is None else bias.contiguous()
     config = forward_config(R, y.element_size())
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     _lora_up_add_fwd_kernel[grid](
@@ -126,7 +127,7 @@ def lora_up_backward(
             dB = partial.sum(0) if dB is None else dB + partial.sum(0)
     if not needs_dB:
         return ds, None
-    return ds, torch.zeros_like(B) if dB is None else dB.to(B.dtype)
+    return ds, B.new_zeros(B.shape) if dB is None else dB.to(B.dtype)
 
 
 def why_not(dtype: torch.dtype) -> str | None:

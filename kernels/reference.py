@@ -35,7 +35,8 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
     if p == 0.0:
         return x @ A.t()
     assert key is not None
-    return _product(x * dropout.mask(key, x.shape[0], x.shape[1], p), A.t(), dropout.correction(p))
+    kept = torch.where(dropout.mask(key, x.shape[0], x.shape[1], p), x, 0)  # not a product: 0 * inf is NaN
+    return _product(kept, A.t(), dropout.correction(p))
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -71,8 +72,8 @@ def lora_down_backward(
     assert key is not None
     mask, c = dropout.mask(key, x.shape[0], x.shape[1], p), dropout.correction(p)
     if dx is not None:
-        dx += _product(ds, A.to(ds.dtype), c).mul_(mask)
-    return _product(ds.t(), x * mask, c).to(A.dtype) if needs_dA else None
+        dx += torch.where(mask, _product(ds, A.to(ds.dtype), c), 0)
+    return _product(ds.t(), torch.where(mask, x, 0), c).to(A.dtype) if needs_dA else None
 
 
 def lora_linear(

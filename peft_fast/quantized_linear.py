@@ -3,8 +3,10 @@
 The bytes, and the names in the state dict, are those of bitsandbytes.nn.Linear4bit.
 """
 
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,7 +28,8 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.data.view(-1, 1), requires_grad=False)
         self.bias = bias
-        self._state = weight
+        self._format = weight.format
+        self._scales = weight.tensors()[1:]
 
     @classmethod
     def from_linear(
@@ -38,38 +41,32 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
-        state = self._state
-        return QuantizedWeight(
-            self.weight.data.view(-1),
-            state.absmax,
-            state.code,
-            state.shape,
-            state.blocksize,
-            state.quant_type,
-            state.dtype,
-            state.nested,
-        )
+        return QuantizedWeight.from_tensors([self.weight.data.view(-1), *self._scales], self._format)
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
-        """Put another weight of the same shape in place of this one."""
-        if weight.shape != self._state.shape:
-            raise ValueError(f"the layer's weight is {self._state.shape}, got {weight.shape}")
-        self.weight.data, self._state = weight.data.view(-1, 1), weight
+        """Put another weight of the same shape in place of this one. Its tensors are taken, not copied."""
+        if weight.shape != self.quantized_weight.shape:
+            raise ValueError(f"the layer's weight is {self.quantized_weight.shape}, got {weight.shape}")
+        self.weight = nn.Parameter(weight.data.view(-1, 1), requires_grad=False)
+        self._format, self._scales = weight.format, weight.tensors()[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quant_matmul(x, self.quantized_weight, self.bias)
 
     def extra_repr(self) -> str:
-        state = self._state
+        fmt = self._format
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{state.quant_type} in blocks of {state.blocksize}{', nested scales' if state.nested else ''}"
+            f"{fmt.quant_type} in blocks of {fmt.blocksize}{', nested scales' if fmt.nested_blocksize else ''}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
-        if self._state.absmax.device != self.weight.device:
-            self._state = self._state.to(self.weight.device)
+        device = self.weight.device
+        self._scales = [
+            torch.empty_like(t, device=device) if t.is_meta else t.to(device)  # off meta: to_empty was called
+            for t in self._scales
+        ]
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -82,15 +79,20 @@ class QuantizedLinear(nn.Module):
         self, state_dict: dict, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        assign = local_metadata.get("assign_to_params_buffers", False)
         keys = state_keys(state_dict, prefix)
         try:
-            self.set_quantized_weight(from_state(state_dict, prefix).to(self.weight.device))
+            weight = from_state(state_dict, prefix)
+            if self.weight.is_meta and not assign:
+                error_msgs.append(f"{prefix}weight is on the meta device: load with assign=True")
+            else:
+                self.set_quantized_weight(weight if assign else weight.to(self.weight.device, copy=True))
         except KeyError as missing:
             missing_keys.append(str(missing.args[0]))
         except ValueError as wrong:
             error_msgs.append(f"{prefix}weight: {wrong}")
         rest = {k: v for k, v in state_dict.items() if k not in keys}
-        rest[prefix + "weight"] = self.weight.data
+        rest[prefix + "weight"] = self.weight  # dealt with above
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )  # fmt: skip
@@ -111,31 +113,53 @@ def quantize_linear_layers(
     quant_type    "nf4" or "fp4"
     blocksize     weights that share a scale: 32 to 4096
     double_quant  quantise the scales too: 0.516 bytes a weight instead of 0.5625 for blocks of 64
-    skip_modules  names, or last parts of names, to leave alone; by default the output embedding (`lm_head`)
+    skip_modules  names, or last parts of names, to leave alone. By default the output embedding (`lm_head`), and what
+                  the model's class wants in fp32 (T5's `wo`, whose dtype its code reads)
 
-    Layers are replaced one by one: a second copy of the model never exists. Raises ValueError before anything is
-    replaced where an argument is out of range or no layer matches, and for a weight that holds inf or NaN.
+    Layers are replaced one by one: a second copy of the model never exists. Call it before get_peft_model. Raises
+    ValueError before anything is replaced where an argument is out of range, a name or no layer at all matches, the
+    model has adapters, or a weight holds inf or NaN.
     """
     if bits != 4:
         raise ValueError(f"bits must be 4, got {bits}: for 8 bits load the model with transformers' BitsAndBytesConfig")
-    skipped = [_output_embedding_name(model)] if skip_modules is None else skip_modules
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not any(name == s or name.endswith("." + s) for s in skipped if s)
-    }
-    if not layers:
-        raise ValueError(f"no nn.Linear to quantise in {type(model).__name__} besides {skipped}")
     blockwise.check_arguments(quant_type, blocksize)
+    layers = _layers_to_quantize(model, skip_modules)
     for name, linear in layers.items():
         if not bool(linear.weight.isfinite().all()):
             raise ValueError(f"{name}.weight holds inf or NaN, which 4 bits cannot store: check the checkpoint")
+    twins: dict[nn.Linear, QuantizedLinear] = {}  # of layers that stand in the model under several names
+    shared = Counter(layers.values())
     for name in tqdm(list(layers), desc=f"quantising to {quant_type}", unit="layer", disable=None, leave=False):
         parent, _, child = name.rpartition(".")
-        # Popped: the dense weight is freed as soon as its layer is replaced.
-        quantized = QuantizedLinear.from_linear(layers.pop(name), quant_type, blocksize, double_quant)
-        setattr(model.get_submodule(parent), child, quantized)
+        linear = layers.pop(name)  # popped: the dense weight is freed as soon as its layer is replaced
+        twin = twins.get(linear) or QuantizedLinear.from_linear(linear, quant_type, blocksize, double_quant)
+        if shared.pop(linear, 1) > 1:
+            twins[linear] = twin
+        setattr(model.get_submodule(parent), child, twin)
     return model
+
+
+def _layers_to_quantize(model: nn.Module, skip_modules: list[str] | None) -> dict[str, nn.Linear]:
+    """The linear layers by name, shared ones under each of their names."""
+    if isinstance(model, nn.Linear):
+        raise ValueError("model is itself a layer: use QuantizedLinear.from_linear(layer)")
+    if any(hasattr(module, "adapter_layer_names") for module in model.modules()):
+        raise ValueError("the model has adapters already: quantise it first, then call get_peft_model")
+    if isinstance(skip_modules, str):
+        raise TypeError(f"skip_modules must be a list of names, got the string {skip_modules!r}")
+    skipped = skip_modules
+    if skipped is None:
+        skipped = [_output_embedding_name(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skip = {n: {name for name in modules if name == n or name.endswith("." + n)} for n in skipped}
+    unmatched = [name for name, found in skip.items() if not found]
+    if unmatched and skip_modules is not None:
+        raise ValueError(f"skip_modules {unmatched} name no module of {type(model).__name__}")
+    left_alone = set().union(*skip.values())
+    layers = {name: m for name, m in modules.items() if type(m) is nn.Linear and name not in left_alone}
+    if not layers:
+        raise ValueError(f"no nn.Linear to quantise in {type(model).__name__} besides {skipped}")
+    return layers
 
 
 def _output_embedding_name(model: Any) -> str:

@@ -91,6 +91,8 @@ def quantize(
     if not bool(absmax.isfinite().all()):
         raise ValueError("weight holds inf or NaN, which 4 bits cannot store: check the checkpoint it came from")
     shape, dtype = (weight.shape[0], weight.shape[1]), dtype or weight.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
     if not double_quant:
         return QuantizedWeight(data, absmax, code, shape, G, quant_type, dtype)
     absmax, nested = _quantize_scales(absmax)

@@ -18,21 +18,22 @@ _STATE = "weight.quant_state.bitsandbytes__"
 
 
 def to_state(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Tensors by name, the packed weight itself included; they share the weight's memory."""
+    """Tensors by name, the packed weight itself included. They share the weight's memory, except for the two tables,
+    which all weights have in common: safetensors refuses to write tensors that share memory with others."""
     numbers = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    state = {"weight": weight.data.view(-1, 1), "weight.absmax": weight.absmax, "weight.quant_map": weight.code}
+    state = {"weight": weight.data.view(-1, 1), "weight.absmax": weight.absmax, "weight.quant_map": weight.code.clone()}
     if weight.nested:
         nested = weight.nested
-        state |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code}
+        state |= {"weight.nested_absmax": nested.absmax, "weight.nested_quant_map": nested.code.clone()}
         numbers |= {
             "nested_blocksize": nested.blocksize,
             "nested_dtype": "float32",
-            "nested_offset": nested.offset.item(),
+            "nested_offset": 0.0 if nested.offset.is_meta else nested.offset.item(),  # there is no number on meta
         }
     text = json.dumps(numbers).encode()
     return state | {_STATE + weight.quant_type: torch.tensor(list(text), dtype=torch.uint8)}

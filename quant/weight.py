@@ -12,7 +12,6 @@ An odd N * K leaves the last low nibble unused. This is the layout of bitsandbyt
 so its weights are read in place: see bitsandbytes.py beside this file.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -97,12 +96,8 @@ class QuantizedWeight:
             nested = NestedScales(tensors[3], tensors[4], tensors[5], fmt.nested_blocksize)
         return QuantizedWeight(data, absmax, code, (fmt.N, fmt.K), fmt.blocksize, fmt.quant_type, fmt.dtype, nested)
 
-    def to(self, device: torch.device | str) -> "QuantizedWeight":
-        return QuantizedWeight.from_tensors([t.to(device) for t in self.tensors()], self.format)
-
-    def with_dtype(self, dtype: torch.dtype) -> "QuantizedWeight":
-        """The same bytes, to be dequantised to `dtype` by default."""
-        return dataclasses.replace(self, dtype=dtype)
+    def to(self, device: torch.device | str, copy: bool = False) -> "QuantizedWeight":
+        return QuantizedWeight.from_tensors([t.to(device, copy=copy) for t in self.tensors()], self.format)
 
     def check(self) -> "QuantizedWeight":
         """Raise ValueError where the tensors do not fit the numbers; return self. For weights from outside."""

@@ -47,6 +47,10 @@ def test_strided_and_broadcast_x():
         assert y.shape == (*x.shape[:-1], 32)
         expected = ops.lora_linear(x.contiguous().view(-1, 64), case.weight, case.A, case.B, case.scale, case.bias)
         torch.testing.assert_close(y.reshape(-1, 32), expected)
+    x = transposed.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(ops.lora_down(x, case.A).sum(), x)
+    torch.testing.assert_close(dx, case.A.sum(0).expand(12, -1))
+    assert dx.is_contiguous()  # as the op's fake says
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -183,6 +187,7 @@ def opcheck_all(case: LoraCase, backend: str) -> None:
         (lib.lora_linear_backward, (dy, x, s, tensors, fmt, A, B, 2.0, p, key, [False, True, False], backend)),
         (lib.lora_down, (x, A, p, key, backend)),
         (lib.lora_down_backward, (s, x, A, p, key, [True, True], backend)),
+        (lib.lora_down_backward, (s, x.t().contiguous().t(), A, p, key, [True, True], backend)),
         (lib.lora_up_add_, (dy.clone(), s, B, 2.0, case.bias, backend)),
         (lib.lora_up_backward, (dy, s, B, 2.0, [True, True], backend)),
     ]
@@ -194,6 +199,23 @@ def opcheck_all(case: LoraCase, backend: str) -> None:
         ]
     for op, args in calls:
         torch.library.opcheck(op.default, args)
+
+
+def test_what_is_dropped_does_not_matter():
+    """inf in a dropped element vanishes; multiplied by zero it would leave NaN."""
+    key = dropout.new_key("cpu")
+    x = torch.randn(8, 64)
+    x[~dropout.mask(key, 8, 64, 0.5)] = float("inf")
+    assert reference.lora_down(x, torch.randn(4, 64), 0.5, key).isfinite().all()
+    assert reference.lora_down_backward(torch.randn(8, 4), x, torch.randn(4, 64), 0.5, key).isfinite().all()
+
+
+def test_there_is_no_second_derivative_and_it_says_so():
+    case = make_case(4, 32, 16, 2, torch.float32, torch.float32, "dense", 0.0)
+    leaves = case.leaves()
+    (dx,) = torch.autograd.grad(case.call("torch", leaves).square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
@@ -209,6 +231,19 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
         ops.lora_linear(x, W, A, B, 1.0, dropout_p=1.5)
     with pytest.raises(ValueError, match=r"needs dropout_key"):
         ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5)
+    key = dropout.new_key("cpu")
+    for bad in (key[:1], key.long(), key.expand(2, 2)):
+        with pytest.raises(ValueError, match=r"dropout_key must be int32 \[2\]"):
+            ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5, dropout_key=bad)
+    with pytest.raises(ValueError, match=r"bias must be \[16\], one value an output feature, got \(1,\)"):
+        ops.lora_linear(x, W, A, B, 1.0, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"bias must be \[16\]"):
+        ops.lora_up_add(torch.zeros(4, 16), x[:, :2], B, 1.0, torch.zeros(16, 1))
+    for name, tensors in {"A": (W, A.to("meta"), B), "B": (W, A, B.to("meta")), "weight": (W.to("meta"), A, B)}.items():
+        with pytest.raises(ValueError, match=rf"on one device: x is on cpu, {name} on meta"):
+            ops.lora_linear(x, *tensors, 1.0)
+    with pytest.raises(ValueError, match=r"on one device: x is on meta, weight on cpu"):
+        ops.quant_matmul(x.to("meta"), blockwise.quantize(W))
     with pytest.raises(ValueError, match=r"backend must be one of auto, triton, torch, got 'cuda'"):
         ops.lora_linear(x, W, A, B, 1.0, backend="cuda")
     with pytest.raises(ValueError, match=r"A must be \[R, K\] with K=32"):

@@ -1,15 +1,20 @@
 """4-bit weights: the bytes against bitsandbytes, the values against an oracle written from the format alone."""
 
+import copy
+import io
 import itertools
+import pickle
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
-from peft_fast import ops
+from peft_fast import LoraConfig, get_peft_model, ops
 from peft_fast.quant import blockwise
 from peft_fast.quant.bitsandbytes import read_linear, write_linear
 from peft_fast.quant.codebooks import codebook, dynamic_map
@@ -203,6 +208,56 @@ def test_quantize_linear_layers():
     with pytest.raises(ValueError, match=r"no nn.Linear to quantise"):
         quantize_linear_layers(model)
     assert model["a"].quantized_weight.nbytes < 64 * 32 * 0.53 + 1100  # the tables of 272 fp32 are fixed costs
+
+
+def test_quantised_layers_move_copy_and_save_without_a_second_copy(tmp_path):
+    layer = QuantizedLinear.from_linear(_linear(random_weight(256, 512)))
+    expected = ops.dequantize(layer.quantized_weight)
+    moved = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(layer.state_dict())
+    assigned = copy.deepcopy(layer).to("meta")
+    with pytest.raises(RuntimeError, match="assign=True"):
+        assigned.load_state_dict(layer.state_dict())
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    for other in (copy.deepcopy(layer), moved, assigned, pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(ops.dequantize(other.quantized_weight), expected)
+        file = io.BytesIO()
+        torch.save(other, file)
+        assert file.tell() < layer.quantized_weight.nbytes + 8000
+    moved.weight.data.zero_()  # loading copied: the source is another layer's
+    assert torch.equal(ops.dequantize(layer.quantized_weight), expected)
+    model = nn.Sequential(layer, copy.deepcopy(layer))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")  # refuses tensors that share memory
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(ops.dequantize(model[1].quantized_weight), expected)
+    assert layer.to("meta")(torch.zeros(3, 512, device="meta")).shape == (3, 256)
+
+
+def test_what_quantize_linear_layers_refuses_or_leaves():
+    def model():
+        return nn.ModuleDict({"a": nn.Linear(64, 32), "lm_head": nn.Linear(32, 64)})
+
+    with pytest.raises(TypeError, match="got the string 'lm_head'"):
+        quantize_linear_layers(model(), skip_modules="lm_head")
+    with pytest.raises(ValueError, match=r"skip_modules \['lm_heed'\] name no module"):
+        quantize_linear_layers(model(), skip_modules=["lm_heed"])
+    with pytest.raises(ValueError, match="model is itself a layer"):
+        quantize_linear_layers(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="has adapters already"):
+        quantize_linear_layers(get_peft_model(model(), LoraConfig(target_modules=["a"])))
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        blockwise.quantize(torch.ones(2, 64), dtype=torch.int8)
+    shared = nn.Linear(64, 64)
+    tied = quantize_linear_layers(nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(64, 64)}))
+    assert tied["a"] is tied["b"]
+    assert tied["c"] is not tied["a"]
+    assert all(isinstance(module, QuantizedLinear) for module in tied.values())
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+    quantize_linear_layers(t5)
+    assert type(t5.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear  # its code reads wo.weight.dtype
+    assert isinstance(t5.encoder.block[0].layer[1].DenseReluDense.wi, QuantizedLinear)
 
 
 def test_state_round_trip_and_format_text():

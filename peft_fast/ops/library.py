@@ -35,7 +35,7 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         def run(*args):
             device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
             with contextlib.ExitStack() as stack:
-                if torch.is_autocast_enabled(device.type):
+                if autocasting(device.type):
                     stack.enter_context(torch.autocast(device.type, enabled=False))
                 if device.type == "cuda":
                     stack.enter_context(torch.cuda.device(device))
@@ -66,7 +66,11 @@ def resolve(backend: str | None) -> Backend:
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast prescribes for matrix products, differentiably; x itself where autocast is off."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind)) if autocasting(kind) else x
+
+
+def autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta knows no autocast: torch raises
 
 
 def flatten(weight: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Choice, Op
 from peft_fast.quant.weight import QuantizedWeight
 
-from .library import autocast, define, flatten, implementation, resolve, unflatten, weight_shape
+from .checks import check_bias, check_device, check_dropout
+from .library import autocast, autocasting, define, flatten, implementation, resolve, unflatten, weight_shape
 from .quant import materialize
 
 
@@ -120,6 +122,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         x, s, A, B, key, *weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
@@ -160,7 +163,18 @@ def lora_linear(
     x = autocast(x)
     tensors, fmt = flatten(weight)
     N, K = weight.shape
-    _check(x, tensors[0], fmt, A, B, N, K, dropout_p, dropout_key)
+    R = A.shape[0]
+    if x.shape[-1] != K:
+        raise ValueError(f"x must have K={K} features for a weight of shape {(N, K)}, got {tuple(x.shape)}")
+    if A.shape != (R, K) or B.shape != (N, R):
+        raise ValueError(f"A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
+    if not fmt and tensors[0].dtype != x.dtype and not autocasting(x.device.type):
+        raise TypeError(
+            f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, or run under torch.autocast"
+        )
+    check_bias(bias, N)
+    check_dropout(dropout_p, dropout_key)
+    check_device(x, weight=tensors[0], A=A, B=B, bias=bias, dropout_key=dropout_key)
     y = _LoraLinear.apply(
         x.reshape(-1, K),
         A,
@@ -174,17 +188,3 @@ def lora_linear(
         *tensors,
     )
     return y.view(*x.shape[:-1], N)
-
-
-def _check(x: Tensor, W: Tensor, fmt: str, A: Tensor, B: Tensor, N: int, K: int, p: float, key: Tensor | None) -> None:
-    if x.shape[-1] != K:
-        raise ValueError(f"x must have K={K} features for a weight of shape {(N, K)}, got {tuple(x.shape)}")
-    R = A.shape[0]
-    if A.shape != (R, K) or B.shape != (N, R):
-        raise ValueError(f"A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
-    if not fmt and W.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x is {x.dtype} but the weight is {W.dtype}: cast one of them, or run under torch.autocast")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {p}")
-    if p and key is None:
-        raise ValueError("dropout_p > 0 needs dropout_key: pass new_dropout_key(x.device), a new one per forward")

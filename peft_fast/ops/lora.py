@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op
 
+from .checks import check_bias, check_device, check_dropout
 from .library import autocast, define, implementation, resolve
 
 
@@ -44,7 +46,7 @@ def _down_backward(
     ds: Tensor, x: Tensor, A: Tensor, p: float, key: Tensor | None, needs: list[bool], backend: Backend
 ) -> tuple[Tensor, Tensor]:
     run = implementation(LORA_DOWN.choose(backend, x.device, x.dtype))
-    dx = torch.zeros_like(x) if needs[0] else None
+    dx = x.new_zeros(x.shape) if needs[0] else None  # dense rows, whatever the strides of x
     dA = run.lora_down_backward(ds, x, A, p, key, dx, needs[1])
     return x.new_empty(0) if dx is None else dx, A.new_empty(0) if dA is None else dA
 
@@ -57,6 +59,7 @@ class _LoraDown(torch.autograd.Function):
         return _down(x, A, p, key, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, ds: Tensor) -> tuple:  # type: ignore[override]
         x, A, key = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
@@ -79,10 +82,8 @@ def lora_down(
     x = autocast(x)
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
         raise ValueError(f"A must be [R, K] with K={x.shape[-1]} as x has, got {tuple(A.shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    if dropout_p and dropout_key is None:
-        raise ValueError("dropout_p > 0 needs dropout_key: pass new_dropout_key(x.device), a new one per forward")
+    check_dropout(dropout_p, dropout_key)
+    check_device(x, A=A, dropout_key=dropout_key)
     key = dropout_key if dropout_p else None
     s = _LoraDown.apply(x.reshape(-1, x.shape[-1]), A, dropout_p, key, resolve(backend))
     return s.view(*x.shape[:-1], A.shape[0])
@@ -118,6 +119,7 @@ class _LoraUpAdd(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         s, B = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:3])
@@ -138,6 +140,8 @@ def lora_up_add(
         raise ValueError(
             f"y must be [..., {N}] and s [..., {R}] for B {(N, R)}, got {tuple(y.shape)}, {tuple(s.shape)}"
         )
+    check_bias(bias, N)
+    check_device(y, s=s, B=B, bias=bias)
     if y.dtype != s.dtype:
         raise TypeError(f"y and s must have one dtype, got {y.dtype} and {s.dtype}: cast s")
     out = _LoraUpAdd.apply(y.reshape(-1, N), s.reshape(-1, R), B, bias, scale, resolve(backend))

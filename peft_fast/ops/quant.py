@@ -5,10 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op
 from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
 
+from .checks import check_bias, check_device
 from .library import autocast, define, flatten, implementation, resolve, unflatten
 
 
@@ -83,6 +85,7 @@ class _QuantMatmul(torch.autograd.Function):
         return _quant_matmul(x, list(weight), fmt, bias, backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         weight = list(ctx.saved_tensors)
         dx = _quant_matmul_dx(dy, weight, ctx.fmt, ctx.backend) if ctx.needs_input_grad[0] else None
@@ -100,6 +103,8 @@ def quant_matmul(
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"x must have K={K} features for a weight of shape {weight.shape}, got {tuple(x.shape)}")
+    check_bias(bias, N)
+    check_device(x, weight=weight.data, bias=bias)
     x = autocast(x)
     tensors, fmt = flatten(weight)
     y = _QuantMatmul.apply(x.reshape(-1, K), bias, fmt, resolve(backend), *tensors)

@@ -5,7 +5,8 @@
 Three cases, told apart before anything is installed:
 
 * the interpreter that runs this script already has a CUDA build of torch: the environment sees that interpreter's
-  packages, and torch and triton are pinned to what is there, so pip fails rather than replace them;
+  packages, wherever they lie (its own folder, the user's, Debian's dist-packages), and torch and triton are pinned to
+  what is there, so pip fails rather than replace them;
 * it has a CPU build of torch: the same, and triton is installed by name, because CPU builds bring none;
 * it has no torch: the pinned pair is installed. Set PEFT_FAST_TORCH to another requirement to change it.
 
@@ -15,10 +16,10 @@ Standard library only: it runs before anything is installed.
 from __future__ import annotations  # an older Python must come as far as the message that it is too old
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -28,8 +29,16 @@ OLDEST_TORCH = (2, 10)
 ENV = Path(__file__).resolve().parent.parent / ".venv"
 PYTHON = ENV / "bin" / "python"
 
-# Printed by a child process: this one must not import torch, whose import takes seconds and may fail.
+# Run by a child process: this one must not import torch, whose import takes seconds and may fail.
 PROBE = "import torch; print(torch.__version__, torch.version.cuda or 'cpu')"
+# Where torch and triton really come from, then the other folders of packages: what torch imports may lie in those.
+FOLDERS = """
+import importlib.util, json, pathlib, sys, torch
+specs = [importlib.util.find_spec(name) for name in ("torch", "triton")]
+found = [str(pathlib.Path(spec.origin).parent.parent) for spec in specs if spec and spec.origin]
+found += [path for path in sys.path if pathlib.Path(path).name in ("site-packages", "dist-packages")]
+print(json.dumps(list(dict.fromkeys(found))))
+"""
 
 
 def pip(*args: str) -> None:
@@ -43,6 +52,30 @@ def probe(python: str) -> tuple[str, str] | None:
     """(torch version, CUDA version or "cpu") as `python` sees them, or None where torch cannot be imported."""
     done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
     return tuple(done.stdout.split()[-2:]) if done.returncode == 0 else None
+
+
+def outer_folders(python: str) -> list[str]:
+    """The folders from which `python`, which has torch, takes torch, triton and other packages; those two's first.
+
+    Asked of the interpreter itself: its own site-packages is only one of the places where packages may lie.
+    """
+    return json.loads(subprocess.check_output([python, "-c", FOLDERS], text=True).splitlines()[-1])
+
+
+def share(outer: str, version: str) -> None:
+    """Make the environment see `outer`'s packages, behind its own; exits unless it then has torch `version` too."""
+    folders = outer_folders(outer)
+    target = subprocess.check_output(
+        [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    (Path(target.strip()) / "_outer_torch.pth").write_text("\n".join(folders) + "\n")
+    seen = probe(str(PYTHON))
+    if seen is None or seen[0] != version:
+        sys.exit(
+            f"setup: {outer} has torch {version}, but {PYTHON}, which should share it through {', '.join(folders)}, "
+            + (f"has torch {seen[0]}" if seen else "cannot import it")
+            + f"; nothing was installed. Remove {ENV} if it is of an earlier set-up, and run this again"
+        )
 
 
 def installed(name: str) -> str | None:
@@ -69,9 +102,7 @@ def main(extras: list[str]) -> None:
         if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
             sys.exit(f"setup: torch >= {'.'.join(map(str, OLDEST_TORCH))} is needed, {sys.executable} has {version}")
         print(f"keeping torch {version} ({cuda}) of {sys.executable}", flush=True)
-        target = subprocess.check_output([str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-        shared = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-        (Path(target.decode().strip()) / "_outer_torch.pth").write_text("\n".join(shared) + "\n")
+        share(sys.executable, version)
         pins.append(f"torch=={version}")
         if cuda == "cpu" and not installed("triton"):
             pip(TRITON)

@@ -205,6 +205,21 @@ def test_packed_documents_have_the_loss_that_they_have_alone(attention, flatten)
     assert together == pytest.approx(sum(alone) / sum(len(tokens) - 1 for tokens in ids), rel=1e-5)
 
 
+def test_masking_prompts_where_there_are_none(write, tokenizer):
+    """Nothing to mask at all is refused; records without a prompt among others are counted."""
+    texts = [{"text": "some text"}, {"prompt": "", "completion": "out of nothing"}, {"text": "more text"}]
+    path = write("texts.jsonl", *texts)
+    given = ["--model", str(path.parent), "--mask-prompt", "--eval-fraction", "0.3", "--data", str(path)]
+    with pytest.raises(UserError, match=r"--mask-prompt found no prompt in .*texts\.jsonl"):
+        data.load(parse(given), tokenizer)
+    mixed = write("mixed.jsonl", *texts, {"prompt": "p", "completion": "c"})
+    corpus = data.load(parse([*given, str(mixed)]), tokenizer)
+    assert corpus.notes[0] == "6 of 7 records have no prompt to mask: their whole text is learnt"
+    assert "no prompt" not in corpus.notes[1]
+    unmasked = data.load(replace(parse(given), mask_prompt=False), tokenizer)
+    assert not any("no prompt" in note for note in unmasked.notes)
+
+
 def test_loading_says_what_was_cut(write, tokenizer):
     path = write("d.jsonl", *({"prompt": "p" * n, "completion": "c" * n} for n in (3, 10, 30, 3, 3, 6)))
     options = parse(["--model", str(path.parent), "--data", str(path), "--sequence-length", "16", "--mask-prompt"])

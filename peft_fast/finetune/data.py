@@ -213,7 +213,8 @@ def load(options: Options, tokenizer: Any) -> Corpus:
     """Training and held-out rows of at most `options.sequence_length` tokens.
 
     Raises:
-        UserError: a file that is no text, a line of another form, or nothing left to learn or to hold out.
+        UserError: a file that is no text, a line of another form, nothing left to learn or to hold out, or prompts to
+            be masked in data without any.
     """
     notes: list[str] = []
     documents = _documents(options.data, options, tokenizer, notes)
@@ -235,14 +236,23 @@ def load(options: Options, tokenizer: Any) -> Corpus:
 
 def _documents(files: Sequence[str], options: Options, tokenizer: Any, notes: list[str]) -> list[list[Row]]:
     """The pieces of each record of these files; what was cut off or left out goes into `notes`."""
-    documents, shortened, empty = [], 0, 0
+    documents, total, unmasked, shortened, empty = [], 0, 0, 0, 0
     for record in (record for path in files for record in read_records(path, tokenizer)):
         row = encode(record, tokenizer, options.mask_prompt)
+        total += 1
+        unmasked += all(span.learnt or not span.text for span in record.spans)
         pieces = cut(row, options.sequence_length, record.is_prose)
         shortened += not record.is_prose and len(row["input_ids"]) > options.sequence_length
         empty += not pieces
         if pieces:
             documents.append(pieces)
+    if options.mask_prompt and unmasked == total:
+        raise UserError(
+            f"--mask-prompt found no prompt in {', '.join(files)}: only records with `prompt` and `completion` or with "
+            "`messages` have a part to mask; leave it out"
+        )
+    if options.mask_prompt and unmasked:
+        notes.append(f"{unmasked} of {total} records have no prompt to mask: their whole text is learnt")
     limit = f"--sequence-length {options.sequence_length}"
     if shortened:
         notes.append(f"{shortened} records lost their end: they are longer than {limit}")

@@ -6,6 +6,7 @@ for options that contradict each other, the device or the installed packages.
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +73,14 @@ class Options:
         """The dtype of the base model and of the activations."""
         return DTYPES[self.precision]
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that `resume` means: the one it names, or the newest in `output`. None: there is nothing."""
+        if self.resume not in (None, LATEST):
+            return Path(str(self.resume))
+        found = checkpoints(self.output) if self.resume == LATEST else []
+        return found[-1] if found else None
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Options":
         """The inverse of `to_dict`, also after a round trip through JSON, which has lists for tuples."""
@@ -80,6 +89,12 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def checkpoints(folder: str) -> list[Path]:
+    """The `checkpoint-STEP` folders in `folder`, the newest last (checkpoint-100 is newer than checkpoint-20)."""
+    steps = ((path.name.removeprefix("checkpoint-"), path) for path in Path(folder).glob("checkpoint-*"))
+    return [path for _, path in sorted((int(step), path) for step, path in steps if step.isdecimal())]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,6 +250,7 @@ def check(options: Options) -> None:
     """
     _check_numbers(options)
     _check_files(options)
+    _check_resume(options)
     _check_machine(options)
 
 
@@ -273,16 +289,43 @@ def _check_files(options: Options) -> None:
             raise UserError(f"data files end in .txt or .jsonl, got {name}")
         if not Path(name).is_file():
             raise UserError(f"data file {name} does not exist")
-    checkpoints = sorted(path.name for path in Path(options.output).glob("checkpoint-*"))
-    if checkpoints and options.resume is None:
-        raise UserError(
-            f"{options.output} holds {checkpoints[-1]} of an earlier run: continue it with --resume, "
-            "or name another folder with --output"
-        )
-    if options.resume == LATEST and not checkpoints:
+    if options.mask_prompt and all(Path(name).suffix == ".txt" for name in options.data):
+        what = f"{', '.join(options.data)} hold" if options.data else "the default data holds"
+        raise UserError(f"--mask-prompt needs data with prompts, but {what} plain text; leave it out")
+
+
+def _check_resume(options: Options) -> None:
+    """A checkpoint continues as it began: another rank does not fit, another alpha would rescale what was learnt."""
+    if options.resume is None:
+        if earlier := checkpoints(options.output):
+            raise UserError(
+                f"{options.output} holds {earlier[-1].name} of an earlier run: continue it with --resume, "
+                "or name another folder with --output"
+            )
+        return
+    folder = options.checkpoint
+    if folder is None:
         raise UserError(f"--resume found no checkpoint-* in {options.output}; name one, or start without --resume")
-    if options.resume not in (None, LATEST) and not (Path(options.resume) / "trainer_state.json").is_file():
-        raise UserError(f"--resume {options.resume} is not a checkpoint: it has no trainer_state.json")
+    for name in ("trainer_state.json", "adapter_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"--resume {folder} is not a checkpoint of this command: it has no {name}")
+    try:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, alpha, targets = saved["r"], saved["lora_alpha"], saved["target_modules"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {folder}/adapter_config.json is damaged ({error!r}); name another one") from error
+    pairs = [("--rank", options.rank, rank), ("--alpha", options.alpha, alpha)]
+    # What all-linear stands for is known once the model is there; the trainer then compares layer by layer.
+    if options.target_modules != ALL_LINEAR and isinstance(targets, list):
+        names = (",".join(sorted(names)) for names in (options.target_modules, targets))
+        pairs.append(("--target-modules", *names))
+    wrong = [(option, got, needed) for option, got, needed in pairs if got != needed]
+    if wrong:
+        raise UserError(
+            f"{folder} was trained with other options than now: pass "
+            + " ".join(f"{option} {needed}" for option, _, needed in wrong)
+            + f" (now {' '.join(f'{option} {got}' for option, got, _ in wrong)})"
+        )
 
 
 def _check_machine(options: Options) -> None:

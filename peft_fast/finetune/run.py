@@ -9,20 +9,16 @@ from typing import Any
 
 from transformers import logging as transformers_logging
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import peft_fast
 from peft_fast.finetune import base_model, data, embedded, memory, report, verify
 from peft_fast.finetune.base_model import process
-from peft_fast.finetune.options import LATEST, Options, UserError, parse
+from peft_fast.finetune.options import Options, UserError, parse
 from peft_fast.finetune.trainer import AdapterTrainer, make_trainer
+from peft_fast.finetune.verify import CheckFailed
 
 # How far, relatively, a held-out loss may be from the one it should equal: a GPU may sum in another order.
 SAME = 1e-4
-
-
-class CheckFailed(Exception):
-    """The run ended, but its adapter does not do what it should. The message says what was seen."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,10 +51,6 @@ def run(options: Options) -> None:
     say("\n".join(corpus.notes))
     model, estimate = _load(options, corpus)
     trainer, progress = make_trainer(model, corpus, options, tokenizer.pad_token_id)
-    if options.packing:
-        base_model.refuse_leaky_packing(model, trainer.data_collator)
-    clock.lap("loading")
-
     prompt = tokenizer(options.prompt)["input_ids"] if options.prompt else corpus.opening
 
     def sample() -> str:
@@ -67,6 +59,9 @@ def run(options: Options) -> None:
         return report.sample(model, tokenizer, prompt, options.sample_tokens, options.seed)
 
     with memory.advice_when_exhausted(options, estimate):
+        if options.packing:
+            base_model.refuse_leaky_packing(model, trainer.data_collator)
+        clock.lap("loading")
         results = _train(trainer, options, sample, clock)
     if process().is_main_process:
         results |= {
@@ -124,8 +119,8 @@ def _train(trainer: AdapterTrainer, options: Options, sample: Callable[[], str],
     """Train; the held-out loss and a sample before and after, and the loss with the adapter disabled again."""
     before, sample_before = trainer.evaluate()["eval_loss"], sample()
     clock.lap("before")
-    checkpoint = get_last_checkpoint(options.output) if options.resume == LATEST else options.resume
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = options.checkpoint
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     clock.lap("training")
     after, sample_after = trainer.evaluate()["eval_loss"], sample()
     history = list(trainer.state.log_history)
@@ -142,20 +137,29 @@ def _train(trainer: AdapterTrainer, options: Options, sample: Callable[[], str],
 
 
 def _finish(trainer: AdapterTrainer, options: Options, results: dict[str, Any], clock: Clock) -> None:
-    """Write adapter, figure and metrics, reload the adapter elsewhere, and print what came out."""
+    """Write adapter, figure and metrics, reload the adapter elsewhere, and print what came out.
+
+    Raises CheckFailed, after the summary: whatever the verification finds, the reader learns where the files are.
+    """
     folder = Path(options.output)
     trainer.model.save_pretrained(str(folder))
     report.loss_figure(folder / "loss.png", results["train_losses"], results["heldout_losses"])
     report.write_metrics(folder / "metrics.json", options, results)
     losses = results["heldout_loss"]
+    failure = None
     if options.verify:
         # Room for a second base model on the same GPU.
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.accelerator.free_memory()
-        losses["reloaded"] = verify.in_fresh_process(folder)
+        try:
+            losses["reloaded"] = verify.in_fresh_process(folder)
+        except CheckFailed as error:
+            failure = error
         clock.lap("verification")
         report.write_metrics(folder / "metrics.json", options, results)
-    print(report.summary(results, folder))
+    print(report.summary(results, folder), flush=True)  # before the error, which goes to the other stream
+    if failure:
+        raise failure
     _check(losses)
 
 

@@ -42,7 +42,7 @@ class AdapterTrainer(Trainer):
         """Load a checkpoint's adapter into the live model, which keeps its base weights and its parameter objects."""
         try:
             result = self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
-        except ValueError as error:  # damaged, of another rank, or of other layers
+        except ValueError as error:  # damaged, of another rank or scale, or of other layers
             raise UserError(f"cannot resume from {resume_from_checkpoint}: {error}") from error
         if result.missing_keys:
             raise UserError(

@@ -18,6 +18,10 @@ from peft_fast.finetune.options import Options
 from peft_fast.finetune.trainer import make_trainer
 
 
+class CheckFailed(Exception):
+    """The run ended, but its adapter does not do what it should. The message says what was seen."""
+
+
 def heldout_loss(folder: Path) -> float:
     """The held-out loss of the adapter in `folder`, on base and data as `folder`/metrics.json names them."""
     options = Options.from_dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["options"])
@@ -35,7 +39,7 @@ def in_fresh_process(folder: Path) -> float:
     """`heldout_loss` as a new Python process finds it.
 
     Raises:
-        RuntimeError: the process failed; the message is the end of its output.
+        CheckFailed: the process failed; the message has the end of its output.
     """
     # Under torchrun this process is one of several; the new one must not try to join them.
     of_launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,7 +47,11 @@ def in_fresh_process(folder: Path) -> float:
     command = [sys.executable, "-m", "peft_fast.finetune.verify", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"reloading the adapter from {folder} failed:\n{done.stderr[-2000:]}")
+        raise CheckFailed(
+            f"the adapter was written to {folder}, but reloading it in a fresh process failed (exit status "
+            f"{done.returncode}); repeat that with `python -m peft_fast.finetune.verify {folder}`. Its output ended:\n"
+            + done.stderr[-2000:].strip()
+        )
     return json.loads(done.stdout.splitlines()[-1])["eval_loss"]
 
 

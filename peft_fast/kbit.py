@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tuners.base_weight import quantized_weight, storage
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+from .tuners.base_weight import HALF_DTYPES, quantized_weight, storage
 
 
 def prepare_model_for_kbit_training(

@@ -21,11 +21,10 @@ from tqdm.auto import tqdm
 from peft_fast.config import PeftConfig
 from peft_fast.transaction import unchanged_on_error
 
+from .base_weight import HALF_DTYPES, repacks_itself
 from .layer import AdapterHolder, BaseTunerLayer
 from .matching import ALL_LINEAR, all_linear, find_targets
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class BaseTuner(nn.Module):
@@ -101,6 +100,7 @@ class BaseTuner(nn.Module):
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
+        self._warn_of_repacking()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Was it the only active one, the first that is left takes its place, with a warning."""
@@ -245,16 +245,19 @@ class BaseTuner(nn.Module):
         """Merge adapters (the active ones unless named) into the base weights, keeping them for `unmerge_adapter`.
 
         With `safe_merge` every layer is tried before any is changed: a ValueError leaves all weights as they were.
+        k-bit layers, which cannot hold inf and NaN, are tried always.
         """
-        self._check_known(adapter_names or [])
+        self._merge(adapter_names, safe_merge, progressbar, undoable=True)
+
+    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
+        self._check_known(list_of_names("adapter_names", adapter_names or []))
         self._warn_of_tied_weights()
         plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
-        if safe_merge:
-            for path, layer, names in plans:
-                if problem := layer.merge_problem(names):
-                    raise ValueError(f"{path}: {problem}")
+        for path, layer, names in plans:
+            if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
+                raise ValueError(f"{path}: {problem}")
         for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
-            layer.add_to_base(names)
+            layer.add_to_base(names, undoable)
 
     def unmerge_adapter(self) -> None:
         for _, layer in self.layers():
@@ -264,21 +267,29 @@ class BaseTuner(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The base model with the adapters (the active ones unless named) merged in, and none of our layers left."""
-        self.merge_adapter(adapter_names, safe_merge, progressbar)
-        return self._unload(trained_copies=True)
+        """The base model with the adapters (the active ones unless named) merged in, and none of our layers left.
+
+        Of a module in modules_to_save the copy of these adapters stays. Raises ValueError where two of them have one.
+        """
+        wanted = self.active_adapters if adapter_names is None else list_of_names("adapter_names", adapter_names)
+        self._check_known(wanted)
+        names = list(dict.fromkeys([*wanted, *(n for _, layer in self.layers() for n in layer.merged_adapters)]))
+        for _, holder in self.holders():
+            holder.check_set_adapter(names)
+        self._merge(adapter_names, safe_merge, progressbar, undoable=False)
+        return self._unload(names)
 
     def unload(self) -> nn.Module:
         """The base model as it was before, without any of our layers; merged adapters are unmerged first."""
         self.unmerge_adapter()
-        return self._unload(trained_copies=False)
+        return self._unload([])
 
-    def _unload(self, trained_copies: bool) -> nn.Module:
+    def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
         for path, holder in list(self.holders()):
             if isinstance(holder, BaseTunerLayer):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):
-                self._replace(path, holder.current if trained_copies else holder.original_module)
+                self._replace(path, holder.module_of(with_copies_of))
         return self.model
 
     def _warn_of_tied_weights(self) -> None:
@@ -289,6 +300,20 @@ class BaseTuner(nn.Module):
             warnings.warn(
                 "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
                 stacklevel=3,
+            )
+
+    def _warn_of_repacking(self) -> None:
+        adapted = {layer.get_base_layer() for _, layer in self.layers()}
+        alone = [
+            path for path, module in self.model.named_modules() if module not in adapted and repacks_itself(module)
+        ]
+        if alone:
+            warnings.warn(
+                f"{len(alone)} 4-bit layers of bitsandbytes have no adapter, {alone[0]} for one. On this CPU such a "
+                "layer repacks its weight when it first runs in eval mode, and passes no gradients from then on: "
+                "training after an evaluation would learn next to nothing, silently. Adapt all of them "
+                "(target_modules='all-linear'), or load the model unquantised and use quantize_linear_layers",
+                stacklevel=4,
             )
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
@@ -323,6 +348,13 @@ class BaseTuner(nn.Module):
             if "model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
                 raise
             return getattr(self.model, name)
+
+
+def list_of_names(argument: str, names: Sequence[str]) -> Sequence[str]:
+    """`names`, or TypeError for a string: its letters would be taken for names."""
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
+    return names
 
 
 def check_adapter_name(name: str, taken: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ and `get_delta_weight`, and writes `forward`. Names and state-dict keys are peft
 
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 
-from .base_weight import base_weight, set_base_weight
+from .base_weight import base_weight, check_writable, clone, set_base_weight, set_quantized_weight
 
 
 class AdapterHolder(nn.Module):
@@ -118,6 +119,7 @@ class BaseTunerLayer(AdapterHolder):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self._unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # a k-bit base and its bias, while merged
 
     def get_base_layer(self) -> nn.Module:
         """The layer of the base model itself, through any tuner layers in between."""
@@ -180,20 +182,34 @@ class BaseTunerLayer(AdapterHolder):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add adapters (the active ones unless named) to the base weight; forward is the base layer's from then on.
 
-        With `safe_merge`, raises ValueError where that would give inf or NaN, and changes nothing.
+        With `safe_merge`, and always for a k-bit weight, which cannot hold them, raises ValueError where that would
+        give inf or NaN, and changes nothing.
         """
         names = self.adapters_to_merge(adapter_names)
-        if names and safe_merge and (problem := self.merge_problem(names)):
+        if (safe_merge or self.is_kbit) and (problem := self.merge_problem(names)):
             raise ValueError(problem)
         self.add_to_base(names)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged adapters out of the base weight again, up to the rounding of its dtype."""
+        """Take merged adapters out of the base weight again: up to its dtype's rounding, a k-bit weight exactly."""
         if not self.merged:
             warnings.warn("no adapter is merged: nothing to undo", stacklevel=2)
             return
-        self._write_base(*self._shifted_base(self.merged_adapters, -1))
+        if self._unmerged is None:
+            self._write_base(*self._shifted_base(self.merged_adapters, -1))
+        else:
+            base: Any = self.get_base_layer()
+            weight, bias = self._unmerged
+            set_quantized_weight(base, weight.to(self.base_weight().device))
+            if bias is not None:
+                base.bias.copy_(bias)
+        self._unmerged = None
         self.merged_adapters.clear()
+
+    @property
+    def is_kbit(self) -> bool:
+        return isinstance(self.base_weight(), QuantizedWeight)
 
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         if isinstance(adapter_names, str):
@@ -201,6 +217,8 @@ class BaseTunerLayer(AdapterHolder):
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         here = [name for name in wanted if name in self.available_adapters()]
         names = [name for name in here if name not in self.merged_adapters]
+        if names:
+            check_writable(self.get_base_layer())
         for name in names:
             if self.bias is None and self.get_delta_bias(name) is not None:
                 raise ValueError(
@@ -213,6 +231,8 @@ class BaseTunerLayer(AdapterHolder):
 
     def merge_problem(self, adapter_names: Sequence[str]) -> str | None:
         """Why these adapters should not be merged, or None: a trial that writes nothing."""
+        if not adapter_names:
+            return None
         weight, bias = self._shifted_base(adapter_names, +1)
         if weight.isfinite().all() and (bias is None or bias.isfinite().all()):
             return None
@@ -220,11 +240,19 @@ class BaseTunerLayer(AdapterHolder):
             f"merging {list(adapter_names)} gives inf or NaN in the weight: the adapter is broken; nothing was merged"
         )
 
-    def add_to_base(self, adapter_names: Sequence[str]) -> None:
-        """The second half of `merge`: for names that `adapters_to_merge` let through."""
+    @torch.no_grad()
+    def add_to_base(self, adapter_names: Sequence[str], undoable: bool = True) -> None:
+        """The second half of `merge`: for names that `adapters_to_merge` let through.
+
+        Rounding to a few values cannot be undone by subtracting, so a k-bit weight is kept (half a byte per weight
+        for as long as it is merged), unless nobody will ask for it: not `undoable`.
+        """
         if not adapter_names:
             return
-        if isinstance(self.base_weight(), QuantizedWeight):
+        weight = self.base_weight()
+        if isinstance(weight, QuantizedWeight):
+            if undoable and not self.merged:
+                self._unmerged = clone(weight), None if self.bias is None else self.bias.clone()
             warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
         self._write_base(*self._shifted_base(adapter_names, +1))
         self.merged_adapters += adapter_names

@@ -32,7 +32,7 @@ class ModulesToSaveWrapper(AdapterHolder):
         if len(here) > 1:
             raise ValueError(
                 f"adapters {here} each have a copy of the same module in modules_to_save, and outputs of whole modules "
-                "cannot be summed: activate one of them"
+                "cannot be summed: take one of them"
             )
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -48,9 +48,12 @@ class ModulesToSaveWrapper(AdapterHolder):
     @property
     def current(self) -> nn.Module:
         """The module that answers now: the active adapter's copy or the original."""
-        if self.disable_adapters or not self.active_adapters:
-            return self.original_module
-        return self.modules_to_save[self.active_adapters[0]]
+        return self.module_of([] if self.disable_adapters else self.active_adapters)
+
+    def module_of(self, adapter_names: Sequence[str]) -> nn.Module:
+        """The copy of these adapters (one of them has one at most), or the original."""
+        here = [name for name in adapter_names if name in self.modules_to_save]
+        return self.modules_to_save[here[0]] if here else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current(*args, **kwargs)

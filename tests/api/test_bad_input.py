@@ -241,3 +241,18 @@ def test_a_bias_that_cannot_be_merged_changes_no_layer(llama, trained, untouched
     model = trained(get_peft_model(base, LoraConfig(target_modules="all-linear", lora_bias=True)))
     with untouched(model), pytest.raises(ValueError, match="the base layer has none to merge it into"):
         model.merge_adapter()
+
+
+def test_a_broken_adapter_of_a_4bit_model_is_never_half_merged(llama_4bit, trained, untouched):
+    model = trained(get_peft_model(llama_4bit(), LoraConfig(target_modules="all-linear")))
+    model.get_base_model().model.layers[1].mlp.down_proj.lora_B["default"].weight.data[0, 0] = float("nan")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with untouched(model), pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: .*the adapter is broken"):
+            merge()
+
+
+def test_a_string_is_no_list_of_names(llama, untouched, tmp_path):
+    model = get_peft_model(llama(), LoraConfig())
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with untouched(model), pytest.raises(TypeError, match="adapter_names must be a list of names, got the string"):
+            merge(adapter_names="default")

@@ -1,6 +1,7 @@
 """LoRA around one linear layer, dense or 4-bit: what it computes, and merging."""
 
 import copy
+import warnings
 
 import bitsandbytes
 import pytest
@@ -13,6 +14,7 @@ from peft_fast.quant import blockwise
 from peft_fast.quant.bitsandbytes import read_linear
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.quantized_linear import QuantizedLinear
+from peft_fast.tuners.base_weight import repacks_itself
 from peft_fast.tuners.lora import Linear
 
 K, N, R = 64, 48, 4
@@ -304,3 +306,71 @@ def test_compiles_into_one_graph(kind):
         grads.append([y, *(parameter.grad.clone() for parameter in layer.adapter_parameters("default"))])
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)
+
+
+def stored(layer: Linear) -> list[torch.Tensor]:
+    weight = layer.base_weight()
+    return [t.clone() for t in (*weight.tensors(), *([] if layer.bias is None else [layer.bias]))]
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "ours"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_unmerging_gives_a_4bit_base_back_byte_for_byte(kind, bias):
+    layer = lora(kind, bias=bias, lora_bias=bias)
+    layer.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False))
+    before = stored(layer)
+    layer.merge()
+    with pytest.warns(UserWarning, match="merged already: merging"):
+        layer.merge(adapter_names=["other"])
+    assert not torch.equal(stored(layer)[0], before[0])
+    layer.unmerge()
+    assert all(torch.equal(new, old) for new, old in zip(stored(layer), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "ours"])
+def test_a_broken_adapter_is_not_merged_into_4_bits(kind, untouched):
+    layer = lora(kind)
+    layer.lora_B["default"].weight.data[3, 1] = float("nan")
+    with untouched(layer), pytest.raises(ValueError, match="the adapter is broken; nothing was merged"):
+        layer.merge()
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal, nn.utils.weight_norm]
+)
+def test_a_weight_that_is_computed_cannot_be_merged_into(wrap):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old weight_norm is deprecated
+        base = wrap(nn.Linear(K, N))
+    layer = Linear(base, "default", config=LoraConfig(init_lora_weights=False), r=R, lora_alpha=8)
+    layer.set_adapter("default")
+    x = torch.randn(2, K)
+    before = layer(x)
+    with pytest.raises(ValueError, match="computed from others"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_base_layer_run(register):
+    layer, calls = lora(), []
+    getattr(layer.base_layer, register)(lambda *args: calls.append(args[0]))
+    layer(torch.randn(2, K, requires_grad=True)).sum().backward()
+    assert calls == [layer.base_layer]
+
+
+def test_a_called_4bit_layer_is_not_repacked_and_keeps_its_mode():
+    layer = lora("bitsandbytes").eval()
+    if not repacks_itself(layer.base_layer):
+        pytest.skip("bitsandbytes does not repack on this CPU")
+    modes, before = [], stored(layer)
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    with torch.no_grad():
+        layer(torch.randn(2, K))
+    assert (modes, layer.base_layer.training) == ([True], False)
+    assert all(torch.equal(new, old) for new, old in zip(stored(layer), before, strict=True))
+    x = torch.randn(2, K, requires_grad=True)
+    layer.enable_adapters(False)
+    layer.train()(x).sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft_fast import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_mode
 from peft_fast.quant import blockwise
 from peft_fast.quant.bitsandbytes import read_linear
 from peft_fast.quantized_linear import QuantizedLinear, quantize_linear_layers
+from peft_fast.tuners.base_weight import repacks_itself
 
 
 def adapted(model, **options):
@@ -242,3 +244,52 @@ def test_importing_the_library_is_cheap():
         "import sys, peft_fast; print(sorted({'peft', 'trl', 'accelerate', 'matplotlib', 'triton'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_merge_and_unload_takes_the_copy_of_the_adapters_it_names(llama, trained):
+    def model():
+        model = adapted(llama(), modules_to_save=["lm_head"])
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model.add_adapter("c", LoraConfig(target_modules=["q_proj"]))
+        return trained(model)
+
+    copies = model().base_model.model.lm_head.modules_to_save
+    base = llama().lm_head.weight
+    assert torch.equal(model().merge_and_unload(adapter_names=["b"]).lm_head.weight, copies["b"].weight)
+    assert torch.equal(model().merge_and_unload().lm_head.weight, copies["default"].weight)
+    assert torch.equal(model().merge_and_unload(adapter_names=["c"]).lm_head.weight, base)
+    assert torch.equal(model().unload().lm_head.weight, base)
+    two = model()
+    with pytest.raises(ValueError, match="take one of them"):
+        two.merge_and_unload(adapter_names=["default", "b"])
+    two.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="take one of them"):
+        two.merge_and_unload(adapter_names=["b"])
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_unload_gives_a_merged_4bit_model_back_byte_for_byte(llama, llama_4bit, trained, ours):
+    base = quantize_linear_layers(llama()) if ours else llama_4bit()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = trained(adapted(base, target_modules="all-linear"))
+    model.merge_adapter()
+    after = model.unload().state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_evaluating_before_training_a_4bit_model_on_the_cpu(llama, llama_4bit, tokens):
+    """Layers without an adapter are bitsandbytes' own: on some CPUs evaluating takes their gradients away."""
+    base = llama_4bit()
+    if not repacks_itself(base.model.layers[0].mlp.up_proj):
+        pytest.skip("bitsandbytes does not repack on this CPU")
+    with pytest.warns(UserWarning, match=r"10 4-bit layers .*'all-linear'.*quantize_linear_layers"):
+        adapted(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = adapted(llama_4bit(), target_modules="all-linear", init_lora_weights=False).eval()
+        adapted(quantize_linear_layers(llama()))
+    with torch.no_grad():
+        model(tokens)
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

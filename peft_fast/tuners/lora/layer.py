@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import matmul_weight
+from peft_fast.tuners.base_weight import call_layer, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
 from .config import LoraConfig
@@ -98,7 +98,7 @@ class Linear(LoraLayer):
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else matmul_weight(self.base_layer)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
-            return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
+            return self._add(call_layer(self.base_layer, x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
             return self._add(self._base_and(adapters[0], x, weight), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.

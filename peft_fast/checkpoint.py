@@ -142,10 +142,16 @@ def load_peft_weights(
             return load_file(path, device=place)
         path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
         if path:
-            return torch.load(path, map_location=place, weights_only=True)
+            return _dict_of_tensors(path, torch.load(path, map_location=place, weights_only=True))
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
     raise ValueError(f"Can't find {SAFETENSORS_WEIGHTS_NAME!r} or {WEIGHTS_NAME!r} at {str(model_id)!r}")
+
+
+def _dict_of_tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ValueError(f"{path} must hold a dict of tensors by name, got a {type(loaded).__name__}")
+    return loaded
 
 
 def ready_to_save(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

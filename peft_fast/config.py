@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
 
@@ -30,6 +30,8 @@ class PeftConfig:
     `revision` is the base model's. `inference_mode` freezes the adapter; it is true in every saved file.
     Raises ValueError for a task type that does not exist, TypeError for an option that does not exist.
     """
+
+    tied_to_weights: ClassVar[tuple[str, ...]] = ("peft_type",)  # options that say what the weights in a file mean
 
     task_type: TaskType | str | None = None
     peft_type: PeftType | str | None = None
@@ -63,6 +65,16 @@ class PeftConfig:
 
     def check(self) -> None:
         """Raise for options that contradict each other or that are not built. The methods' configs have such."""
+
+    def check_weights_of(self, other: "PeftConfig") -> None:
+        """Raise ValueError where weights trained under `other` would mean something else under this config."""
+        for name in self.tied_to_weights:
+            ours, theirs = getattr(self, name), getattr(other, name, None)
+            if ours != theirs:
+                raise ValueError(
+                    f"the file's weights were trained with {name}={theirs!r}, and the adapter here has {ours!r}, "
+                    "so they would do something else in it. Load them under another name, or delete the adapter first"
+                )
 
     @property
     def is_prompt_learning(self) -> bool:

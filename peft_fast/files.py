@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,22 @@ def locate(model_id: str | os.PathLike[str], name: str, **hub_arguments: Any) ->
         ) from error
 
 
-def write_together(files: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write every file or none: `files` maps each path to the function that writes it.
+def write_together(files: Mapping[Path, Callable[[Path], object]], obsolete: Iterable[Path] = ()) -> None:
+    """Write every file or none: `files` maps each path to the function that writes it. `obsolete` ones are removed.
 
     Everything is first written beside its destination and flushed to the disk, then moved into place. A failure on the
     way puts the old files back. A file whose content has not changed is left alone: saving the same adapter again
     moves one file only, and a single move cannot be torn even by a power cut.
     """
     fresh = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in files}
-    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in files}
+    gone = [path for path in obsolete if path.is_file()]
+    old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in (*files, *gone)}
     try:
         for path, write in files.items():
             write(fresh[path])
             _flush(fresh[path])
         changed = [path for path in files if not _same(path, fresh[path])]
-        for path in changed:
+        for path in (*changed, *gone):
             if path.exists():
                 _keep(path, old[path])
         moved: list[Path] = []
@@ -63,6 +64,9 @@ def write_together(files: Mapping[Path, Callable[[Path], object]]) -> None:
             for path in changed:
                 os.replace(fresh[path], path)
                 moved.append(path)
+            for path in gone:
+                moved.append(path)
+                path.unlink()
         except BaseException:
             for path in moved:
                 if old[path].exists():

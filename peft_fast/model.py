@@ -28,11 +28,11 @@ from .checkpoint import (
     ready_to_save,
 )
 from .config import CONFIG_NAME, PeftConfig
-from .files import write_together
+from .files import locate, write_together
 from .kbit import make_inputs_require_grad
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
-from .tuners.base import BaseTuner
+from .tuners.base import BaseTuner, list_of_names
 from .tuners.base_weight import quantized_weight, storage
 
 
@@ -174,7 +174,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(f"save_directory must be a directory, got the file {directory}")
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError("path_initial_model_for_weight_conversion needs PiSSA or OLoRA, not built yet")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
+        names = list(list_of_names("selected_adapters", chosen))
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
@@ -200,7 +201,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                 directory / (SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME): write_tensors,
                 directory / CONFIG_NAME: lambda path: path.write_text(text),
                 directory / model_card.NAME: lambda path: path.write_text(card),
-            }
+            },
+            obsolete=[directory / (WEIGHTS_NAME if safe else SAFETENSORS_WEIGHTS_NAME)],  # loading would prefer one
         )
 
     def _auto_mapping(self, config: PeftConfig) -> dict[str, Any]:
@@ -252,7 +254,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             wrapper = model_class(config.task_type, default=cls)(
                 model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
             )
-            result = wrapper.load_adapter(
+            result = wrapper._load_adapter(
                 model_id,
                 adapter_name,
                 is_trainable,
@@ -280,9 +282,36 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> LoadResult:
         """Load a trained adapter: a new one, not active yet, or the weights of one that is there already.
 
-        Raises ValueError for files that are damaged, of another rank, or that hold tensors the model has no place for.
-        Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
+        Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
+        place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
         """
+        if adapter_name in self.peft_config and locate(model_id, CONFIG_NAME, **hub_arguments):
+            self.peft_config[adapter_name].check_weights_of(PeftConfig.from_pretrained(model_id, **hub_arguments))
+        return self._load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable,
+            torch_device,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            low_cpu_mem_usage,
+            ignore_mismatched_sizes,
+            **hub_arguments,
+        )
+
+    def _load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool,
+        torch_device: str | torch.device | None,
+        autocast_adapter_dtype: bool,
+        ephemeral_gpu_offload: bool,
+        low_cpu_mem_usage: bool,
+        ignore_mismatched_sizes: bool = False,
+        **hub_arguments: Any,
+    ) -> LoadResult:
+        """`load_adapter` without a look at the config of an adapter that is there: it came from the caller."""
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
         new = adapter_name not in self.peft_config

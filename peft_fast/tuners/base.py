@@ -2,7 +2,7 @@
 
 A method is a config class, its layer classes, and a subclass of BaseTuner that says
 
-    prefix, layer_class, target_module_mapping      what its parameters are called, its layers, what it adapts unasked
+    prefix, target_module_mapping                   what its parameters are called, what it adapts unasked
     adapt(target, path, adapter_name, config)       the layer that takes the place of `target`
 
 and gets from here: which modules are meant, putting layers in and taking them out, what is trainable, activation,
@@ -31,7 +31,6 @@ class BaseTuner(nn.Module):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
-    layer_class: type[BaseTunerLayer]
     target_module_mapping: Mapping[str, list[str] | str]
 
     def __init__(
@@ -79,9 +78,13 @@ class BaseTuner(nn.Module):
         off = bool(before) and all(holder.disable_adapters for holder in before)
         kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
         with unchanged_on_error(self.model), torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in paths:
                 target = self.model.get_submodule(path)
-                self._replace(path, self.adapt(target, path, adapter_name, config))
+                if target not in adapted:
+                    layer = self.adapt(target, path, adapter_name, config)
+                    adapted |= {target: layer, layer: layer}
+                self._replace(path, adapted[target])
             for path in saved:
                 self._wrap(path, adapter_name)
             for _, holder in self.holders():
@@ -169,8 +172,12 @@ class BaseTuner(nn.Module):
                 parameter.requires_grad_(False)
         if not config.inference_mode:
             parameters = dict(self.model.named_parameters())
+            replaced = tuple(
+                f"{path}.original_module." for path, h in self.holders() if isinstance(h, ModulesToSaveWrapper)
+            )
             for key in self.bias_keys(config):
-                parameters[key].requires_grad_(True)
+                if not key.startswith(replaced):  # it would never run: a trained copy does
+                    parameters[key].requires_grad_(True)
 
     def bias_keys(self, config: Any) -> list[str]:
         """The names of the base model's biases that an adapter with this config trains, and so saves."""
@@ -285,7 +292,7 @@ class BaseTuner(nn.Module):
         return self._unload([])
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
-        for path, holder in list(self.holders()):
+        for path, holder in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(holder, BaseTunerLayer):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):

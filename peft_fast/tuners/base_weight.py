@@ -85,9 +85,16 @@ def call_layer(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer.training = False
 
 
+def is_bypassed(layer: nn.Module) -> bool:
+    """torch.nn.MultiheadAttention uses its out_proj's weight without calling it: an adapter would never run."""
+    return isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def is_dense_linear(layer: nn.Module) -> bool:
-    """A torch.nn.Linear that holds a plain floating-point matrix (not 8 bits, not a tensor subclass)."""
-    if not isinstance(layer, nn.Linear) or bitsandbytes.is_linear4bit(layer) or bitsandbytes.is_linear8bit(layer):
+    """A torch.nn.Linear that is called and holds a plain floating-point matrix (not 8 bits, not a tensor subclass)."""
+    if not isinstance(layer, nn.Linear) or is_bypassed(layer):
+        return False
+    if bitsandbytes.is_linear4bit(layer) or bitsandbytes.is_linear8bit(layer):
         return False
     return type(layer.weight.data) is torch.Tensor and layer.weight.is_floating_point()
 

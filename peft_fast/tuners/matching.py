@@ -95,10 +95,10 @@ def _layer_index(path: str, lists: Collection[str] | str | None) -> int | None:
 
 
 def adaptable_paths(model: nn.Module) -> list[str]:
-    """The paths of the base model's modules: not the root, and not what lies inside adapters."""
+    """The paths of the base model's modules, all names of each: not the root, and not what lies inside adapters."""
     paths: list[str] = []
     inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if not path or (inside and path.startswith(inside)):
             continue
         paths.append(path)

@@ -256,3 +256,25 @@ def test_a_string_is_no_list_of_names(llama, untouched, tmp_path):
     for merge in (model.merge_adapter, model.merge_and_unload):
         with untouched(model), pytest.raises(TypeError, match="adapter_names must be a list of names, got the string"):
             merge(adapter_names="default")
+    with untouched(model, tmp_path), pytest.raises(TypeError, match="selected_adapters must be a list of names"):
+        model.save_pretrained(tmp_path, selected_adapters="default")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {1: torch.zeros(2)}])
+def test_a_bin_that_holds_no_dict_of_tensors(llama, saved, untouched, content):
+    (saved / WEIGHTS).unlink()
+    torch.save(content, saved / "adapter_model.bin")
+    base = llama()
+    with untouched(base), pytest.raises(ValueError, match="must hold a dict of tensors by name"):
+        PeftModel.from_pretrained(base, saved)
+
+
+def test_the_output_projection_of_torchs_attention_is_not_adapted(untouched):
+    def model():
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+
+    base = model()
+    with untouched(base), pytest.raises(ValueError, match=r"attention\.out_proj: .*MultiheadAttention"):
+        get_peft_model(base, LoraConfig(target_modules=["out_proj", "up"]))
+    adapted = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    assert adapted.base_model.targeted_module_names == ["up"]

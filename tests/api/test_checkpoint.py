@@ -294,3 +294,62 @@ class TestCrash:
 def test_weights_can_be_read_without_a_model(llama, tmp_path):
     adapted(llama()).save_pretrained(tmp_path)
     assert load_peft_weights(tmp_path).keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+
+
+class TestTheOtherFormat:
+    def test_it_is_removed(self, llama, trained, tmp_path):
+        model = adapted(llama())
+        for safe in (True, False, True, False):
+            trained(model).save_pretrained(tmp_path, safe_serialization=safe)
+            kind = "safetensors" if safe else "bin"
+            assert names(tmp_path) == ["README.md", "adapter_config.json", f"adapter_model.{kind}"]
+            state = get_peft_model_state_dict(model)
+            assert all(torch.equal(value, state[key]) for key, value in load_peft_weights(tmp_path).items())
+
+    def test_it_is_put_back_on_failure(self, llama, trained, tmp_path, untouched, monkeypatch):
+        model = adapted(llama())
+        model.save_pretrained(tmp_path)
+        unlink = Path.unlink
+
+        def refuse(path, *args):
+            unlink(path, *args)
+            if path.name == "adapter_model.safetensors":
+                raise OSError("no space")
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with untouched(None, tmp_path), pytest.raises(OSError, match="no space"):
+            trained(model).save_pretrained(tmp_path, safe_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("r", 2),
+        ("lora_alpha", 64),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("lora_bias", True),
+    ],
+)
+def test_weights_of_another_scale_are_not_loaded_over_an_adapter(llama, trained, tmp_path, untouched, option, value):
+    adapted(llama(), **{option: value}).save_pretrained(tmp_path)
+    model = trained(adapted(llama()))
+    with untouched(model), pytest.raises(ValueError, match=f"trained with {option}="):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "other")
+    model.load_adapter(tmp_path, "other")
+
+
+def test_a_config_of_ones_own_replaces_the_files(llama, trained, tmp_path):
+    trained(adapted(llama())).save_pretrained(tmp_path)
+    config = LoraConfig(r=4, lora_alpha=1, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = PeftModel.from_pretrained(llama(), tmp_path, config=config)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 0.25}
+
+
+def test_weights_without_a_config_can_still_be_loaded_over_an_adapter(llama, trained, tmp_path):
+    model = trained(adapted(llama()))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert adapted(llama()).load_adapter(tmp_path, "default") == ([], [])

@@ -320,3 +320,39 @@ def test_the_first_adapter_after_all_were_deleted_is_active(llama):
     model.delete_adapter("default")
     model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
     assert (model.active_adapters, trainable(model)) == (["default"], before)
+
+
+def test_biases_are_not_trained_in_a_module_that_a_copy_stands_for():
+    model = adapted(Mixture(), target_modules=["tower.proj"], bias="all", modules_to_save=["other.out"])
+    biases = {name.removeprefix("base_model.model.") for name in trainable(model) if name.endswith("bias")}
+    assert "other.out.modules_to_save.default.bias" in biases
+    assert not any("original_module" in name for name in biases)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.block = nn.ModuleDict({"inner": nn.Linear(8, 8)})
+        self.again = self.block
+
+    def forward(self, x):
+        return self.again["inner"](self.block["inner"](self.second(self.first(x))))
+
+
+def test_a_module_under_several_names_gets_one_layer(trained):
+    base = Tied()
+    before, x = graph(base), torch.randn(2, 8)
+    names = ["first", "second", "inner"]
+    model = trained(adapted(base, target_modules=names, lora_alpha=64))
+    assert base.first is base.second
+    assert isinstance(base.first, Linear)
+    assert isinstance(base.again["inner"], Linear)
+    assert not isinstance(base.again["inner"].base_layer, Linear)
+    assert model.base_model.targeted_module_names == ["first", "second", "block.inner", "again.inner"]
+    model.add_adapter("other", LoraConfig(target_modules=names))
+    assert len(list(model.base_model.layers())) == 2
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+    assert graph(base) == before

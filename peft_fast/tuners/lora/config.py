@@ -4,6 +4,7 @@ So that files load both ways, options that are not built yet are here too. They 
 name: NOT_BUILT is the list.
 """
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, field, fields
@@ -63,6 +64,8 @@ class LoraConfig(PeftConfig):
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
     """
+
+    tied_to_weights = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -180,8 +183,8 @@ def _check_numbers(config: LoraConfig) -> None:
             raise ValueError(f"{name} must be a positive integer, got {rank!r}: 8 to 64 are usual ranks")
     alphas = {"lora_alpha": config.lora_alpha} | {f"alpha_pattern[{k!r}]": a for k, a in config.alpha_pattern.items()}
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise ValueError(f"{name} must be a number, got {alpha!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"{name} must be a finite number, got {alpha!r}")
     p = config.lora_dropout
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"lora_dropout must be a probability from 0 to 1, got {p!r}")

@@ -356,3 +356,12 @@ def test_a_module_under_several_names_gets_one_layer(trained):
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
     assert graph(base) == before
+
+
+def test_loading_an_adapter_while_all_are_off_changes_nothing_for_those_there(llama, tmp_path):
+    model = adapted(llama())
+    model.save_pretrained(tmp_path)
+    before = trainable(model)
+    with model.disable_adapter():
+        model.load_adapter(tmp_path, "other")
+    assert trainable(model) == before

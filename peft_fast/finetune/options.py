@@ -314,11 +314,10 @@ def _check_resume(options: Options) -> None:
         rank, alpha, targets = saved["r"], saved["lora_alpha"], saved["target_modules"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {folder}/adapter_config.json is damaged ({error!r}); name another one") from error
-    pairs = [("--rank", options.rank, rank), ("--alpha", options.alpha, alpha)]
+    pairs: list[tuple[str, Any, Any]] = [("--rank", options.rank, rank), ("--alpha", options.alpha, alpha)]
     # What all-linear stands for is known once the model is there; the trainer then compares layer by layer.
     if options.target_modules != ALL_LINEAR and isinstance(targets, list):
-        names = (",".join(sorted(names)) for names in (options.target_modules, targets))
-        pairs.append(("--target-modules", *names))
+        pairs.append(("--target-modules", ",".join(sorted(options.target_modules)), ",".join(sorted(targets))))
     wrong = [(option, got, needed) for option, got, needed in pairs if got != needed]
     if wrong:
         raise UserError(

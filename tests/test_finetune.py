@@ -150,10 +150,11 @@ def test_resuming_another_adapter_is_refused_before_anything_is_loaded(arguments
     assert "--target-modules" in capsys.readouterr().err
 
 
-def test_what_the_model_refuses_to_load_ends_with_a_message(arguments, model_folder, tmp_path):
+@pytest.mark.parametrize("changed", [{"rank": 8}, {"alpha": 64}], ids=["rank", "alpha"])
+def test_what_the_model_refuses_to_load_ends_with_a_message(arguments, model_folder, tmp_path, changed):
     """Past the options' check, as when a script drives the trainer: the model compares the adapters again."""
     finished([*arguments, "--save-every", "4"])
-    options = replace(parse([*arguments, "--resume"]), bits=16, rank=8)
+    options = replace(parse([*arguments, "--resume"]), bits=16, **changed)
     model = base_model.add_adapter(base_model.load_base(options), options)
     corpus = run.data.load(options, base_model.load_tokenizer(str(model_folder)))
     trainer, _ = make_trainer(model, corpus, options, 256)

@@ -85,6 +85,12 @@ def installed(name: str) -> str | None:
         return None
 
 
+def triton_for(cuda: str) -> str:
+    """The triton to install beside a torch that has none: what a CUDA build pins itself, ours for a CPU build."""
+    pinned = [r.partition(";")[0].strip() for r in importlib.metadata.requires("torch") or [] if r.startswith("triton")]
+    return pinned[0] if cuda != "cpu" and pinned else TRITON
+
+
 def main(extras: list[str]) -> None:
     if not sys.platform.startswith("linux"):
         sys.exit(f"setup: peft_fast runs on Linux and WSL (Triton is built for them); this is {sys.platform}")
@@ -104,8 +110,8 @@ def main(extras: list[str]) -> None:
         print(f"keeping torch {version} ({cuda}) of {sys.executable}", flush=True)
         share(sys.executable, version)
         pins.append(f"torch=={version}")
-        if cuda == "cpu" and not installed("triton"):
-            pip(TRITON)
+        if not installed("triton"):
+            pip(triton_for(cuda))
     else:
         cuda = "cpu"
         print(f"no torch in {sys.executable}: installing {TORCH}", flush=True)

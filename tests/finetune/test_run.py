@@ -1,4 +1,4 @@
-"""python -m peft_fast.finetune: the whole command on a tiny model, and each of its parts."""
+"""python -m peft_fast.finetune: the whole command on a tiny model, its checkpoints and its ends."""
 
 import json
 import os
@@ -9,65 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import peft_fast
-from peft_fast.finetune import base_model, embedded, memory, report, run
-from peft_fast.finetune.options import Options, UserError, build_parser, parse
+from peft_fast.finetune import base_model, report, run
+from peft_fast.finetune.options import Options, UserError, parse
 from peft_fast.finetune.trainer import make_trainer
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = {
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-    "trainer_state.json", "training_args.bin",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    """A random Llama of 0.1 million parameters with the byte-level tokenizer, as any model directory."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    embedded.byte_tokenizer(1024).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"prompt": f"{i} plus one is ", "completion": f"{i + 1}, of course."} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def arguments(model_folder, data_file, tmp_path) -> list[str]:
-    """A run of a second, to be followed by what a test changes."""
-    return [
-        "--model", str(model_folder), "--data", str(data_file), "--output", str(tmp_path / "run"), "--rank", "4",
-        "--steps", "4", "--batch-size", "4", "--sequence-length", "32", "--learning-rate", "1e-2",
-        "--sample-tokens", "0", "--save-every", "0",
-    ]  # fmt: skip
-
-
-def finished(arguments: list[str]) -> dict:
-    """metrics.json of a run in this process, which must succeed."""
-    assert run.main(arguments) == 0
-    return json.loads((Path(parse_output(arguments)) / "metrics.json").read_text())
-
-
-def parse_output(arguments: list[str]) -> str:
-    return build_parser().parse_args(arguments).output
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+from .helpers import CHECKPOINT, ROOT, adapter, finished
 
 
 def test_the_command(model_folder, data_file, tmp_path):
@@ -201,160 +150,6 @@ def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        pytest.param(["--bits", "16"], id="16-bit"),
-        pytest.param(["--precision", "bf16"], id="bf16"),
-        pytest.param(["--packing"], id="packing"),
-        pytest.param(["--optimizer", "adafactor"], id="adafactor"),
-        pytest.param(["--warmup", "2", "--alpha", "4", "--seed", "3", "--backend", "torch"], id="the-rest"),
-    ],
-)
-def test_options_reach_the_training(arguments, tmp_path, changed):
-    plain = finished(arguments)
-    metrics = finished([*arguments, *changed, "--output", str(tmp_path / "other")])
-    assert metrics["train_losses"] != plain["train_losses"]
-    assert metrics["heldout_loss"]["after"] < metrics["heldout_loss"]["before"]
-    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, metrics["options"]["alpha"])
-
-
-def test_epochs(arguments):
-    """38 rows of 40 are trained on, 4 a step: 10 steps make an epoch."""
-    at = arguments.index("--steps")
-    metrics = finished([*arguments[:at], *arguments[at + 2 :], "--epochs", "0.5"])
-    assert len(metrics["train_losses"]) == 5
-
-
-def test_refused_before_anything_is_loaded(arguments, capsys):
-    refused = {
-        ("--rank", "0"): "--rank must be at least 1, got 0",
-        ("--dropout", "1.0"): "--dropout is a probability below 1",
-        ("--precision", "fp16"): "needs a GPU",
-        ("--optimizer", "paged_adamw_8bit"): "needs a GPU",
-        ("--backend", "triton"): "needs a GPU",
-        ("--epochs", "2"): "not allowed with argument",
-        ("--learning-rate", "-1"): "--learning-rate must be above 0",
-        ("--eval-fraction", "1"): "--eval-fraction must lie between 0 and 1",
-        ("--target-modules", ","): "names no layer",
-        ("--data", "missing.txt"): "does not exist",
-        ("--data", str(ROOT / "README.md")): "end in .txt or .jsonl",
-        ("--resume",): "found no checkpoint",
-        ("--resume", "/nowhere"): "is not a checkpoint",
-        ("--eval", "x"): "unrecognized arguments",
-    }
-    for changed, message in refused.items():
-        with pytest.raises(SystemExit) as exited:
-            parse([*arguments, *changed])
-        assert exited.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-def test_an_earlier_run_is_not_overwritten(arguments, capsys):
-    (Path(parse_output(arguments)) / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(SystemExit):
-        parse(arguments)
-    assert "continue it with --resume" in capsys.readouterr().err
-
-
-def test_masking_prompts_of_plain_text_is_refused(arguments, tmp_path, capsys):
-    text = tmp_path / "notes.txt"
-    text.write_text("plain")
-    for given, message in (([], "the default data holds plain text"), ([*arguments, "--data", str(text)], str(text))):
-        with pytest.raises(SystemExit):
-            parse([*given, "--mask-prompt"])
-        assert message in capsys.readouterr().err
-
-
-def test_model_and_data_belong_together(data_file, capsys):
-    with pytest.raises(SystemExit):
-        parse(["--data", str(data_file)])
-    assert "--data needs --model" in capsys.readouterr().err
-
-
-def test_options_survive_json(arguments):
-    options = parse([*arguments, "--target-modules", "q_proj,v_proj"])
-    assert Options.from_dict(json.loads(json.dumps(options.to_dict()))) == options
-    assert options.target_modules == ("q_proj", "v_proj")
-    assert options.alpha == 8
-
-
-def test_what_the_user_can_change_ends_with_a_message(arguments, tmp_path, capsys):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"texts": 1}\n')
-    for changed, message in (
-        (["--data", str(bad)], f"{bad}:2: `text` must be a string"),
-        (["--model", str(tmp_path)], "has no tokenizer"),
-        (["--target-modules", "no_such_layer"], "no_such_layer"),
-    ):
-        assert run.main([*arguments, *changed]) == 1
-        assert message in capsys.readouterr().err
-
-
-def test_memory_estimate(arguments, model_folder):
-    options = parse(arguments)
-    base = base_model.load_base(options)
-    model = base_model.add_adapter(base, options)
-    estimate = memory.estimate(model, options, 32)
-    trainable, _ = model.get_nb_trainable_parameters()
-    assert estimate.adapter == estimate.gradients == 4 * trainable
-    assert estimate.optimizer_states == 8 * trainable
-    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # q and o, k and v, the MLP; two layers
-    rest = 4 * (257 * 64 + 5 * 64)  # embedding and norms in fp32
-    codes = 14 * 4 * (256 + 16)  # the codebooks of each of the 14 layers
-    assert estimate.base_weights == pytest.approx(0.516 * linear + rest + codes, rel=0.01)
-    twice = memory.estimate(model, replace(options, batch_size=8), 32)
-    assert twice.activations == 2 * estimate.activations
-    assert 2**28 < estimate.available < 2**50
-
-
-def test_the_measured_activations_are_what_backward_keeps():
-    """One linear layer and a tanh: x for the adapter, its product with A, and tanh's output."""
-
-    class Model(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = torch.nn.Parameter(torch.randn(64, 4)), torch.nn.Parameter(torch.randn(4, 64))
-
-        def forward(self, input_ids, labels):
-            x = torch.ones(input_ids.shape[1], 64)
-            return type("Output", (), {"loss": (x @ self.a @ self.b).tanh().sum()})
-
-    assert memory.kept_for_backward(Model(), 16, torch.float32) == 4 * 16 * (64 + 4 + 64)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")])
-def test_running_out_of_memory_gives_advice(arguments, error):
-    options = replace(parse(arguments), bits=16, sequence_length=512)
-    estimate = memory.Estimate(800 * 2**20, 1, 1, 1, 400 * 2**20, 0, available=2**20)
-    with pytest.raises(memory.OutOfMemory) as raised, memory.advice_when_exhausted(options, estimate):
-        raise error
-    lines = str(raised.value).splitlines()
-    assert lines[2] == "  --bits 4: about 560 MiB less"
-    assert any("--batch-size 2 --gradient-accumulation 2 (the same training): about 200 MiB" in line for line in lines)
-    assert any("--gradient-checkpointing" in line for line in lines)
-
-
-def test_only_running_out_of_memory_is_taken_for_it(arguments):
-    options = parse(arguments)
-    with pytest.raises(memory.OutOfMemory), memory.advice_when_exhausted(options):
-        torch.empty(2**60, dtype=torch.uint8)  # the CPU allocator's own error
-    with pytest.raises(RuntimeError, match="size of tensor"), memory.advice_when_exhausted(options):
-        torch.ones(2) + torch.ones(3)
-
-
-def test_out_of_memory_ends_the_command_without_a_traceback(arguments, monkeypatch, capsys):
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(base_model, "load_base", exhausted)
-    assert run.main(arguments) == 1
-    assert "to need less, in this order:" in capsys.readouterr().err
-
-
 def test_packing_is_refused_where_documents_would_see_each_other(arguments, model_folder):
     options = replace(parse(arguments), bits=16, packing=True)
     model = base_model.add_adapter(base_model.load_base(options), options)
@@ -400,69 +195,10 @@ def test_a_verification_that_breaks_ends_with_the_summary_and_a_message(argument
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["heldout_loss"]["after"] > 0
 
 
-def test_memory_that_runs_out_in_the_check_of_packing_gives_advice(arguments, monkeypatch, capsys):
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(base_model, "refuse_leaky_packing", exhausted)
-    assert run.main([*arguments, "--packing"]) == 1
-    assert "to need less, in this order:" in capsys.readouterr().err
-
-
 def test_metrics_are_strict_json(arguments, tmp_path):
     report.write_metrics(tmp_path / "metrics.json", parse(arguments), {"a": float("nan"), "b": [(1, float("inf"))]})
     document = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert (document["a"], document["b"]) == (None, [[1, None]])
-
-
-def test_the_base_is_prepared_once_and_in_one_piece(tmp_path, monkeypatch):
-    """A tiny recipe of the default model: cached, loadable with transformers' Auto classes, and of the right data."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    recipe = embedded.Recipe(hidden_size=64, intermediate_size=128, layers=1, heads=2, steps=2, rows=1, context=32)
-    made = embedded.prepare(recipe, show_progress=False)
-    assert {path.name for path in (tmp_path / "peft_fast").iterdir()} == {Path(made.model).parent.name}
-    tokenizer = base_model.load_tokenizer(made.model)
-    text = "déjà vu\t\0\r\n" + "".join(map(chr, range(256)))
-    assert tokenizer(text)["input_ids"] == list(text.encode())
-    assert tokenizer.decode(list(text.encode())) == text
-    assert AutoModelForCausalLM.from_pretrained(made.model, local_files_only=True).config.num_hidden_layers == 1
-
-    sources = {path.read_text(errors="replace") for path in embedded.standard_library()}
-    train, heldout = (
-        {json.loads(line)["text"] for line in Path(path).read_text().splitlines()}
-        for path in (made.data, made.eval_data)
-    )
-    assert train
-    assert heldout
-    assert not train & heldout
-    assert train | heldout <= sources
-
-    monkeypatch.setattr(embedded, "train_base", pytest.fail)
-    assert embedded.prepare(recipe, show_progress=False) == made
-
-
-def test_no_paragraph_of_a_heldout_file_is_in_the_prose():
-    """Files share docstrings: without care, 4 of the 402 paragraphs of held-out files are (Python 3.11)."""
-    recipe = embedded.Recipe()
-    paragraphs, _, _ = embedded.collect(recipe)
-    files = embedded.standard_library()[:: recipe.heldout_every]
-    heldout = {line for path in files for line in embedded.prose(path.read_text(encoding="utf-8", errors="replace"))}
-    assert len(heldout) > 100
-    assert len(paragraphs) > 1000
-    assert heldout.isdisjoint(paragraphs)
-
-
-def test_prose_is_prose():
-    source = '''
-def f():
-    """Return the sum of all the numbers in the list, ignoring whatever is not a number at all.
-
-    >>> f([1, 2])  # this example of the use of the function is long enough but it is code: 3 == 3
-    """
-'''
-    assert list(embedded.prose(source)) == [
-        "Return the sum of all the numbers in the list, ignoring whatever is not a number at all."
-    ]
 
 
 def test_peft_and_bitsandbytes_reach_the_same_loss(arguments):

@@ -1,0 +1,81 @@
+"""The estimate of memory, and what happens when it runs out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft_fast.finetune import base_model, memory, run
+from peft_fast.finetune.options import parse
+
+
+def test_memory_estimate(arguments, model_folder):
+    options = parse(arguments)
+    base = base_model.load_base(options)
+    model = base_model.add_adapter(base, options)
+    estimate = memory.estimate(model, options, 32)
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert estimate.adapter == estimate.gradients == 4 * trainable
+    assert estimate.optimizer_states == 8 * trainable
+    linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # q and o, k and v, the MLP; two layers
+    rest = 4 * (257 * 64 + 5 * 64)  # embedding and norms in fp32
+    codes = 14 * 4 * (256 + 16)  # the codebooks of each of the 14 layers
+    assert estimate.base_weights == pytest.approx(0.516 * linear + rest + codes, rel=0.01)
+    twice = memory.estimate(model, replace(options, batch_size=8), 32)
+    assert twice.activations == 2 * estimate.activations
+    assert 2**28 < estimate.available < 2**50
+
+
+def test_the_measured_activations_are_what_backward_keeps():
+    """One linear layer and a tanh: x for the adapter, its product with A, and tanh's output."""
+
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Parameter(torch.randn(64, 4)), torch.nn.Parameter(torch.randn(4, 64))
+
+        def forward(self, input_ids, labels):
+            x = torch.ones(input_ids.shape[1], 64)
+            return type("Output", (), {"loss": (x @ self.a @ self.b).tanh().sum()})
+
+    assert memory.kept_for_backward(Model(), 16, torch.float32) == 4 * 16 * (64 + 4 + 64)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")])
+def test_running_out_of_memory_gives_advice(arguments, error):
+    options = replace(parse(arguments), bits=16, sequence_length=512)
+    estimate = memory.Estimate(800 * 2**20, 1, 1, 1, 400 * 2**20, 0, available=2**20)
+    with pytest.raises(memory.OutOfMemory) as raised, memory.advice_when_exhausted(options, estimate):
+        raise error
+    lines = str(raised.value).splitlines()
+    assert lines[2] == "  --bits 4: about 560 MiB less"
+    assert any("--batch-size 2 --gradient-accumulation 2 (the same training): about 200 MiB" in line for line in lines)
+    assert any("--gradient-checkpointing" in line for line in lines)
+
+
+def test_only_running_out_of_memory_is_taken_for_it(arguments):
+    options = parse(arguments)
+    with pytest.raises(memory.OutOfMemory), memory.advice_when_exhausted(options):
+        torch.empty(2**60, dtype=torch.uint8)  # the CPU allocator's own error
+    with pytest.raises(RuntimeError, match="size of tensor"), memory.advice_when_exhausted(options):
+        torch.ones(2) + torch.ones(3)
+
+
+def test_out_of_memory_ends_the_command_without_a_traceback(arguments, monkeypatch, capsys):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(base_model, "load_base", exhausted)
+    assert run.main(arguments) == 1
+    assert "to need less, in this order:" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_in_the_check_of_packing_gives_advice(arguments, monkeypatch, capsys):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(base_model, "refuse_leaky_packing", exhausted)
+    assert run.main([*arguments, "--packing"]) == 1
+    assert "to need less, in this order:" in capsys.readouterr().err

@@ -98,6 +98,9 @@ def test_an_editable_install_works_from_the_root_and_from_elsewhere(tmp_path):
     outer = next(p for p in sys.path if p.endswith("site-packages"))
     pure = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     (Path(pure) / "outer.pth").write_text(outer + "\n")
+    run(
+        python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", cwd=tmp_path
+    )  # venv's own is too old; outer's is not
     copy = tmp_path / "checkout"
     run("git", "clone", "-q", str(ROOT), str(copy), cwd=tmp_path)
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(copy), cwd=tmp_path)

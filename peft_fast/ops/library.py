@@ -2,9 +2,8 @@
 
 An op is opaque to torch.compile: which implementation runs is decided inside it, so graphs neither branch on sizes nor
 break. Ops are called from autograd.Functions (linear.py, lora.py), which costs half of what a registered autograd
-formula does (13.6 us against 25.1 for a forward that tracks gradients, torch 2.13). They are private: called directly, a
-torch implementation would track gradients and a Triton one silently
-would not.
+formula does (13.6 us against 25.1 for a forward that tracks gradients, torch 2.13). They are private: called directly,
+a torch implementation would track gradients and a Triton one silently would not.
 """
 
 import contextlib

@@ -7,6 +7,11 @@ Axes: M tokens, K in features, N out features, R rank. x is [M, K], W is [N, K],
     ds = scale * dy @ B        dB = scale * dy.T @ s         lora_up_backward
     dA = c * ds.T @ (mask * x) dx += c * mask * (ds @ A)     lora_down_backward
 
+    W  = code * absmax                                       dequantize
+    W' = code * absmax + scale * B @ A                       dequantize_merge     rounded once
+    y  = x @ W.T + bias + scale * s @ B.T                    quant_matmul
+    dx = dy @ W + c * mask * (ds @ A)                        quant_matmul_dx
+
 Products are taken in x's dtype, so fp32 A and B under a 16-bit x are rounded as autocast would round them, and x is
 never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this file is the truth that tests compare to.
 It imports torch only.
@@ -16,12 +21,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.quant.blockwise import dequantize
+from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import dropout
 
-__all__ = ["dequantize", "lora_down", "lora_down_backward", "lora_linear", "lora_up_add_", "lora_up_backward"]
+MERGE_ROWS = 256  # rows of the weight that dequantize_merge widens to fp32 at a time: bounds its temporaries
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """W [N, K] in `dtype` (default: the weight's own), rounded once from fp32; into `out`, contiguous, if given."""
+    return (int8 if weight.bits == 8 else blockwise).dequantize(weight, dtype, out)
+
+
+def dequantize_merge(
+    weight: QuantizedWeight,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    needs_norms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """W' [N, K] in `dtype`: the fp32 sum of the exact weight and scale * B @ A, rounded once; and, if asked for, the
+    2-norms of its rows before rounding, float32 [N] (DoRA, arXiv 2402.09353, section 4.1).
+
+    A and B are rounded to `dtype`, as for every other product with x of that dtype. Rounding W first and adding then
+    would lose most of an update that is smaller than half an ulp of W.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    W = dequantize(weight, torch.float32)
+    a, b = (t.to(dtype).to(wide) for t in (A, B))
+    out = W.new_empty(weight.shape, dtype=dtype)
+    norms = W.new_empty(weight.shape[0], dtype=wide) if needs_norms else None
+    for start in range(0, weight.shape[0], MERGE_ROWS):
+        rows = slice(start, start + MERGE_ROWS)
+        merged = torch.addmm(W[rows].to(wide), b[rows], a, alpha=scale)
+        out[rows] = merged
+        if norms is not None:
+            norms[rows] = merged.norm(dim=1)
+    return out, norms
+
+
+def quant_matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    s: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """y [M, N] = x [M, K] @ W.T + bias + scale * s @ B.T, W dequantised to x's dtype; without s and B, no LoRA."""
+    y = F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    if s is not None and B is not None:
+        lora_up_add_(y, s, B, scale)
+    return y
+
+
+def quant_matmul_dx(
+    dy: Tensor,
+    weight: QuantizedWeight,
+    ds: Tensor | None = None,
+    A: Tensor | None = None,
+    p: float = 0.0,
+    key: Tensor | None = None,
+) -> Tensor:
+    """dx [M, K] = dy [M, N] @ W + c * mask * (ds @ A); without ds and A, no LoRA."""
+    dx = dy @ dequantize(weight, dy.dtype)
+    if ds is not None and A is not None:
+        lora_down_backward(ds, dx, A, p, key, dx, needs_dA=False)
+    return dx
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:

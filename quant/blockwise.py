@@ -32,15 +32,18 @@ def block_scales(weight: QuantizedWeight) -> Tensor:
     return scales.mul_(per_block).add_(nested.offset)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [N, K] in `dtype` (default: its own): fp32 code * scale, rounded once.
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """The weight [N, K] in `dtype` (default: its own): fp32 code * scale, rounded once. Into `out` [N, K], if given.
 
     A byte holds two elements, so one look-up in a table of 256 pairs decodes both. Decoding 4096 x 4096 nibble by
     nibble takes two to four times as long on a CPU (450 ms against 122 to 197, 2 threads).
     """
+    assert weight.code is not None
     N, K = weight.shape
     total, G = N * K, weight.blocksize
-    out = torch.empty(total, dtype=dtype or weight.dtype, device=weight.device)
+    if out is None:
+        out = torch.empty(N, K, dtype=dtype or weight.dtype, device=weight.device)
+    flat = out.view(-1)
     scales = block_scales(weight)
     pairs = torch.cartesian_prod(weight.code, weight.code).view(torch.int64).flatten()  # two fp32 seen as one int64
     step = _chunk_elements(weight.device, G, total)
@@ -49,8 +52,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Ten
         indices = weight.data[start // 2 : (stop + 1) // 2].to(torch.int32)
         values = pairs.index_select(0, indices).view(torch.float32)[: stop - start]
         _scale_blocks(values, scales[start // G : -(-stop // G)], G)
-        out[start:stop] = values
-    return out.view(N, K)
+        flat[start:stop] = values
+    return out
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, blocksize: int) -> None:

@@ -1,6 +1,6 @@
-"""QuantizedWeight: a 4-bit weight as what it is, a handful of plain tensors and a few numbers.
+"""QuantizedWeight: a 4- or 8-bit weight as what it is, a handful of plain tensors and a few numbers.
 
-The bytes, for a weight of N output and K input features, row-major, G = blocksize:
+4 bits ("nf4", "fp4"). The bytes, for a weight of N output and K input features, row-major, G = blocksize:
 
     element e = n * K + k          lies in byte e // 2: even e in the high nibble, odd e in the low one
     its block  b = e // G          over the flat index, so blocks run across row ends when G does not divide K
@@ -8,8 +8,13 @@ The bytes, for a weight of N output and K input features, row-major, G = blocksi
     scale(b)   = absmax[b]                                                  plain
                = nested.code[absmax[b]] * nested.absmax[b // 256] + offset  nested: a product and a sum, both rounded
 
-An odd N * K leaves the last low nibble unused. This is the layout of bitsandbytes (QLoRA, arXiv 2305.14314, section 3),
-so its weights are read in place: see bitsandbytes.py beside this file.
+An odd N * K leaves the last low nibble unused.
+
+8 bits ("int8", the weight of LLM.int8, arXiv 2208.07339, section 2.1): one signed byte an element, one scale a row:
+
+    value(n, k) = data[n, k] * (absmax[n] * (1 / 127))                      two fp32 roundings, then one to `dtype`
+
+Both layouts are bitsandbytes' own, so its weights are read in place: see bitsandbytes.py beside this file.
 """
 
 from dataclasses import dataclass
@@ -20,7 +25,8 @@ import torch
 from torch import Tensor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-QUANT_TYPES = ("nf4", "fp4")
+QUANT_TYPES = ("nf4", "fp4")  # with a table of sixteen codes
+INT8 = "int8"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,9 +36,13 @@ class Format(NamedTuple):
     quant_type: str
     N: int
     K: int
-    blocksize: int
+    blocksize: int  # K for int8: a row is a block
     dtype: torch.dtype
     nested_blocksize: int  # 0: plain fp32 scales
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.quant_type == INT8 else 4
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -57,14 +67,14 @@ class NestedScales:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight [N, K] in 4 bits. No tensor subclass: functions take it apart, nothing is overloaded."""
+    """A weight [N, K] in 4 or 8 bits. No tensor subclass: functions take it apart, nothing is overloaded."""
 
-    data: Tensor  # uint8 [ceil(N * K / 2)]
-    absmax: Tensor  # float32 [blocks], or uint8 [blocks] when nested
-    code: Tensor  # float32 [16], by nibble
+    data: Tensor  # uint8 [ceil(N * K / 2)]; int8 [N * K] for int8
+    absmax: Tensor  # float32 [blocks], or uint8 [blocks] when nested; float32 [N] for int8
+    code: Tensor | None  # float32 [16], by nibble; None for int8
     shape: tuple[int, int]  # (N, K)
-    blocksize: int  # G
-    quant_type: str  # "nf4" | "fp4"
+    blocksize: int  # G; K for int8
+    quant_type: str  # "nf4" | "fp4" | "int8"
     dtype: torch.dtype  # what the weight was before, and what it is dequantised to unless another is asked for
     nested: NestedScales | None = None
 
@@ -79,18 +89,26 @@ class QuantizedWeight:
         )
 
     @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of storage, scales included: 0.516 per weight for G = 64 nested, 0.5625 plain."""
+        """Bytes of storage, scales included: 0.516 per weight for G = 64 nested, 0.5625 plain, 1 for int8."""
         return sum(t.nbytes for t in self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """data, absmax, code and, when nested, the nested absmax, code and offset: the inverse of `from_tensors`."""
-        head = [self.data, self.absmax, self.code]
+        """data, absmax, unless int8 the code and, when nested, the nested absmax, code and offset: the inverse of
+        `from_tensors`."""
+        head = [self.data, self.absmax]
+        if self.code is not None:
+            head.append(self.code)
         return [*head, self.nested.absmax, self.nested.code, self.nested.offset] if self.nested else head
 
     @staticmethod
     def from_tensors(tensors: list[Tensor], fmt: Format) -> "QuantizedWeight":
-        data, absmax, code = tensors[:3]
+        data, absmax = tensors[:2]
+        code = tensors[2] if fmt.bits == 4 else None
         nested = None
         if fmt.nested_blocksize:
             nested = NestedScales(tensors[3], tensors[4], tensors[5], fmt.nested_blocksize)
@@ -102,13 +120,22 @@ class QuantizedWeight:
     def check(self) -> "QuantizedWeight":
         """Raise ValueError where the tensors do not fit the numbers; return self. For weights from outside."""
         n, k = self.shape
-        blocks = -(-n * k // self.blocksize)
-        if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {self.quant_type!r}")
-        if self.blocksize not in BLOCKSIZES:
-            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype}")
+        if self.quant_type == INT8:
+            if self.blocksize != k or self.code is not None or self.nested is not None:
+                raise ValueError(
+                    f"int8 has one plain scale a row and no table: blocksize must be {k}, code and nested None"
+                )
+            self._check_tensors([("data", self.data, torch.int8, n * k), ("absmax", self.absmax, torch.float32, n)])
+            return self
+        if self.quant_type not in QUANT_TYPES or self.code is None:
+            raise ValueError(
+                f"quant_type must be {INT8!r} or, with a code, one of {QUANT_TYPES}, got {self.quant_type!r}"
+            )
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {self.blocksize}")
+        blocks = -(-n * k // self.blocksize)
         expected = [("data", self.data, torch.uint8, (n * k + 1) // 2), ("code", self.code, torch.float32, 16)]
         if self.nested:
             groups = -(-blocks // self.nested.blocksize)
@@ -118,10 +145,13 @@ class QuantizedWeight:
             expected += [("nested.offset", self.nested.offset, torch.float32, 1)]
         else:
             expected += [("absmax", self.absmax, torch.float32, blocks)]
+        self._check_tensors(expected)
+        return self
+
+    def _check_tensors(self, expected: list[tuple[str, Tensor, torch.dtype, int]]) -> None:
         for name, tensor, dtype, numel in expected:
             if tensor.dtype != dtype or tensor.numel() != numel:
                 raise ValueError(
-                    f"{name} of a {n} x {k} weight in blocks of {self.blocksize} must be {numel} x {dtype}, "
-                    f"got {tuple(tensor.shape)} {tensor.dtype}"
+                    f"{name} of a {self.shape[0]} x {self.shape[1]} {self.quant_type} weight in blocks of "
+                    f"{self.blocksize} must be {numel} x {dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
                 )
-        return self

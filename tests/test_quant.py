@@ -155,7 +155,7 @@ def test_a_foreign_state_leaves_the_layer_as_it_was():
     missing = {k: v for k, v in good.items() if k != "weight.absmax"}
     with pytest.raises(RuntimeError, match="weight.absmax"):
         layer.load_state_dict(missing)
-    with pytest.raises(RuntimeError, match="absmax of a 48 x 128 weight"):
+    with pytest.raises(RuntimeError, match="absmax of a 48 x 128 nf4 weight"):
         layer.load_state_dict({**good, "weight.absmax": good["weight.absmax"][:-1]})
     larger = QuantizedLinear.from_linear(_linear(random_weight(64, 128))).state_dict()
     with pytest.raises(RuntimeError, match=r"\(48, 128\), got \(64, 128\)"):

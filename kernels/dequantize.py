@@ -1,9 +1,11 @@
-"""W[N, K] = code[nibble] * scale(block), rounded once from fp32: 4-bit weights back to numbers, in one launch.
+"""W[N, K] = code * scale(block), rounded once from fp32: k-bit weights back to numbers, in one launch.
 
 Nested scales are decoded inside, so nothing is written but W (bitsandbytes takes three launches and a fp32 copy of the
-scales). Bit-exact with quant/blockwise.py: a nested scale is a product and a sum that are both rounded, which is why
-the kernel is compiled without contraction to FMA. The sixteen codes sit in registers and are looked up with tl.gather:
-14.5 SASS instructions per weight in all, to bf16 on sm_89 (bench/results/compile.csv).
+scales). Bit-exact with quant/blockwise.py and quant/int8.py: both roundings of a nested scale, no contraction to FMA.
+
+A thread reads a word of eight weights and writes their sixteen bytes, both coalesced, so nothing passes through shared
+memory. NF4 to bf16 in nested blocks of 64 takes 5.4 to 5.8 SASS instructions per weight, all of the kernel counted, on
+sm_80 to sm_120 (bench/results/compile.csv). The same in plain torch: reference.py.
 """
 
 import torch
@@ -13,47 +15,77 @@ from torch import Tensor
 
 from peft_fast.quant.weight import QuantizedWeight
 
-from . import tiles
-
-BLOCK = 4096  # elements per program: 16 bytes of codes per thread; a multiple of every quantisation block
+from . import configs, decode, tiles
 
 
 @triton.jit
 def _dequantize_kernel(
     data_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,
     numel, blocks,
-    G: tl.constexpr, NESTED_G: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, NESTED_G: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK elements, BLOCK // G whole quantisation blocks. NESTED_G = 0: plain scales."""
-    program = tl.program_id(0).to(tl.int64)
-    byte = program * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    packed = tl.load(data_ptr + byte, mask=byte < (numel + 1) // 2, other=0).to(tl.int32)
-    code = tl.load(code_ptr + tl.arange(0, 16))
-    values = tl.interleave(tl.gather(code, packed >> 4, 0), tl.gather(code, packed & 15, 0))  # [BLOCK]
+    """One program: BLOCK elements, BLOCK // G whole blocks. EVEN: every program is full, no masks."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    end = numel - first
+    # "Contiguous by 1" keeps Triton from giving a thread four words in a row, whose 64 bytes it would have to
+    # redistribute through shared memory before they can be stored coalesced.
+    word = tl.max_contiguous(tl.arange(0, BLOCK // 8), 1)
+    words = decode.load_words(data_ptr + first // 2, word, (end + 1) // 2, ALIGNED, EVEN)
+    codes = decode.look_up(words, code_ptr)
 
-    block = program * (BLOCK // G) + tl.arange(0, BLOCK // G)
-    scale = tl.load(absmax_ptr + block, mask=block < blocks, other=0)
+    block0 = first // G
+    block = word // (G // 8)
+    group = 0
     if NESTED_G:
-        scale = tl.load(nested_code_ptr + scale.to(tl.int32))
-        scale = scale * tl.load(nested_absmax_ptr + block // NESTED_G, mask=block < blocks, other=0.0)
-        scale = scale + tl.load(offset_ptr)
-    values = (values.reshape(BLOCK // G, G) * scale[:, None]).reshape(BLOCK)
+        # As a rule (256 nested blocks of 32 or more) all blocks of the program share one nested scale.
+        group = block0 // NESTED_G if NESTED_G % (BLOCK // G) == 0 else (block0 + block) // NESTED_G
+    scale = decode.load_scales(
+        absmax_ptr + block0, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+        block, group, None if EVEN else block < blocks - block0, NESTED_G,
+    )  # fmt: skip
+    values = (codes.reshape(BLOCK // 8, 8) * scale[:, None]).reshape(BLOCK)
 
-    element = program * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + element, values, mask=element < numel)
+    element = tl.arange(0, BLOCK)
+    tl.store(out_ptr + first + element, values, mask=None if EVEN else element < end)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [N, K] in `dtype` (default: its own)."""
-    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    nested = weight.nested
-    rest = (nested.absmax, nested.code, nested.offset) if nested else (None, None, None)
-    if out.numel():
-        _dequantize_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            weight.data, weight.absmax, weight.code, *rest, out, out.numel(), weight.absmax.numel(),
-            G=weight.blocksize, NESTED_G=nested.blocksize if nested else 0, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+@triton.jit
+def _dequantize_int8_kernel(
+    data_ptr, absmax_ptr, out_ptr,
+    N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile [BLOCK_N, BLOCK_K]; WIDTH elements make the 16 bytes that a thread stores at once."""
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(0) * BLOCK_K + tl.max_contiguous(tl.arange(0, BLOCK_K), WIDTH)[None, :]
+    inside = (n[:, None] < N) & (k < K)
+    element = n[:, None].to(tl.int64) * K + k
+    codes = tl.load(data_ptr + element, mask=inside).to(tl.float32)
+    scale = tl.load(absmax_ptr + n, mask=n < N, other=0.0) * decode.INT8_PER_CODE
+    tl.store(out_ptr + element, codes * scale[:, None], mask=inside)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """The weight [N, K] in `dtype` (default: its own); into `out`, contiguous, if given."""
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    assert out.is_contiguous() and out.shape == weight.shape
+    N, K = weight.shape
+    if out.numel() == 0:
+        return out
+    if weight.bits == 8:
+        config = configs.dequantize_int8(K)
+        _dequantize_int8_kernel[(triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(N, config["BLOCK_N"]))](
+            weight.data, weight.absmax, out, N, K, WIDTH=16 // out.element_size(), enable_fp_fusion=False, **config
+        )
+        return out
+    config = configs.dequantize(out.device)
+    _dequantize_kernel[(triton.cdiv(N * K, config["BLOCK"]),)](
+        *decode.pointers(weight), out, N * K, weight.absmax.numel(),
+        G=weight.blocksize, NESTED_G=weight.nested.blocksize if weight.nested else 0,
+        ALIGNED=decode.is_aligned(weight), EVEN=N * K % config["BLOCK"] == 0,
+        enable_fp_fusion=False, **config,
+    )  # fmt: skip
     return out
 
 

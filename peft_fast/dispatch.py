@@ -1,12 +1,14 @@
 """Which implementation of an op runs, and why: a pure function of what the call looks like, asked for by name.
 
-    PEFT_FAST_BACKEND=auto|triton|torch     the process-wide setting, validated at import
-    with use_backend("torch"): ...          the same for a while: tests, debugging, A/B in benches
-    layer.backend = "torch"                 one layer; wins over both
+    PEFT_FAST_BACKEND=auto|triton|torch            the process-wide setting, validated at import
+    with use_backend("torch"): ...                 the same for a while: tests, debugging, A/B in benches
+    layer.backend = "torch"                        one layer; wins over both
+    PEFT_FAST_ROUTE=auto|split|merge|fused, use_route(...)    which of lora_linear's routes (ops/table.py)
 
 `auto` takes the Triton route where it can run and plain torch elsewhere, with a reason that `explain` prints. `triton`
-asked for by name never falls back: it raises TritonUnsupported with that reason. The setting is one value per process
-and not a ContextVar: activation checkpointing runs forwards again on autograd's threads, which would not see one.
+asked for by name never falls back: it raises TritonUnsupported with that reason; so does a route, with ValueError. The
+settings are one value per process and no ContextVars: activation checkpointing runs forwards again on autograd's
+threads, which would not see one.
 """
 
 import functools
@@ -16,12 +18,13 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
-ENV = "PEFT_FAST_BACKEND"
+Route = Literal["auto", "split", "merge", "fused"]
+ENV, ROUTE_ENV = "PEFT_FAST_BACKEND", "PEFT_FAST_ROUTE"
 
 
 class TritonUnsupported(RuntimeError):
@@ -30,12 +33,21 @@ class TritonUnsupported(RuntimeError):
 
 def checked(backend: str, source: str) -> Backend:
     """`backend` itself, or ValueError with the valid names and where the bad one came from."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"{source} must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    return backend  # type: ignore[return-value]
+    return _one_of(Backend, backend, source)
+
+
+def checked_route(route: str, source: str) -> Route:
+    return _one_of(Route, route, source)
+
+
+def _one_of(kind: Any, name: str, source: str) -> Any:
+    if name not in get_args(kind):
+        raise ValueError(f"{source} must be one of {', '.join(get_args(kind))}, got {name!r}")
+    return name
 
 
 _backend: Backend = checked(os.environ.get(ENV, "auto"), ENV)
+_route: Route = checked_route(os.environ.get(ROUTE_ENV, "auto"), ROUTE_ENV)
 
 
 def current_backend() -> Backend:
@@ -53,6 +65,24 @@ def use_backend(backend: str) -> Iterator[None]:
         _backend = before
 
 
+def current_route() -> Route:
+    return _route
+
+
+@contextmanager
+def use_route(route: str) -> Iterator[None]:
+    """Have every lora_linear of the process take this route within a `with` block, on whichever backend runs it.
+
+    A call that cannot take it raises ValueError with the reason.
+    """
+    global _route
+    before, _route = _route, checked_route(route, "use_route")
+    try:
+        yield
+    finally:
+        _route = before
+
+
 @dataclass(frozen=True)
 class Choice:
     """What runs a call, and the reason."""
@@ -60,6 +90,7 @@ class Choice:
     op: str
     route: str
     because: str
+    backend: Literal["triton", "torch", "bitsandbytes"] = "torch"  # whose kernels the route consists of
 
 
 @dataclass(frozen=True)
@@ -83,22 +114,23 @@ class Op:
 REFERENCE = "reference"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _choose(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype, facts: tuple) -> Choice:
     if backend == "torch":
         return Choice(op.name, REFERENCE, "backend torch was asked for")
-    reason = _cannot_run_triton(device, dtype, op.needs_dot, interpreter=backend == "triton")
+    reason = cannot_run_triton(device, dtype, op.needs_dot, interpreter=backend == "triton")
     reason = reason or op.why_not(dtype, *facts)
     if reason is None:
-        return Choice(op.name, op.route, "Triton, asked for" if backend == "triton" else _describe(device))
+        because = "Triton, asked for" if backend == "triton" else describe_device(device)
+        return Choice(op.name, op.route, because, "triton")
     if backend == "triton":
         raise TritonUnsupported(f"{op.name}: backend triton was asked for, but {reason}; backend auto would run torch")
     if device.type == "cuda":
-        _warn_of_fallback(f"{op.name} runs in plain torch on {_describe(device)}: {reason}")
+        _warn_of_fallback(f"{op.name} runs in plain torch on {describe_device(device)}: {reason}")
     return Choice(op.name, REFERENCE, reason)
 
 
-def _cannot_run_triton(device: torch.device, dtype: torch.dtype, needs_dot: bool, interpreter: bool) -> str | None:
+def cannot_run_triton(device: torch.device, dtype: torch.dtype, needs_dot: bool, interpreter: bool) -> str | None:
     """The reason Triton cannot run on this device at all; the interpreter counts only where Triton is asked for."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -109,7 +141,7 @@ def _cannot_run_triton(device: torch.device, dtype: torch.dtype, needs_dot: bool
     if device.type != "cuda" or torch.version.hip:
         return "the tensors are not on an NVIDIA GPU"
     if needs_dot and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{_describe(device)} is older than sm_80, where Triton has no tensor cores"
+        return f"{describe_device(device)} is older than sm_80, where Triton has no tensor cores"
     return None
 
 
@@ -120,7 +152,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return "{} (sm_{}{})".format(torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))

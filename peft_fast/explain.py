@@ -34,25 +34,26 @@ class Explanation:
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in lines)
 
 
-def explain(model: nn.Module, *, show: bool = True) -> Explanation:
+def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explanation:
     """Print one row per adapted layer of `model` (unless `show` is False) and return them.
 
     layer        its name in the model
     base weight  dtype of a dense weight; type, block size and kind of scales of a 4-bit one
-    route        what a forward runs now: "split" and others in Triton, "reference" in plain torch, "base" where no
-                 adapter is in effect (ops/linear.py explains the routes), "refused" where a forward would raise
+    route        what a forward runs now: "split", "fused" or "merge" in Triton, "reference" in plain torch, "base"
+                 where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise
     because      the reason for that route
 
-    What is printed is what the next forward does with activations of the layer's own dtype, under the backend that is
-    set now (dispatch.py).
+    What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
+    layer's own dtype, in the mode the model is in (`train` or `eval`), under the backend that is set now (dispatch.py).
+    Routes depend on all of these: try tokens=1, which is what generating does.
     """
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             try:
-                choice = module.route()
+                choice = module.route(tokens)
                 route, because = choice.route, choice.because
-            except TritonUnsupported as refusal:
+            except (TritonUnsupported, ValueError) as refusal:
                 route, because = "refused", str(refusal)
             rows.append(Row(name, describe(module.base_weight()), route, because))
     explanation = Explanation(tuple(rows))

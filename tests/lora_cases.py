@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.kernels import dropout, reference
-from peft_fast.quant import blockwise
+from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.testing import assert_as_accurate_as_torch
 
@@ -39,17 +39,17 @@ class LoraCase:
         names = ("x", "A", "B", "bias") if self.quantized else ("x", "A", "B", "bias", "weight")
         return {n: getattr(self, n).detach().requires_grad_(n in needs) for n in names}
 
-    def call(self, backend: str, leaves: dict[str, Tensor]) -> Tensor:
+    def call(self, backend: str, leaves: dict[str, Tensor], route: str | None = None) -> Tensor:
         weight = leaves.get("weight", self.weight)
         return ops.lora_linear(
             leaves["x"], weight, leaves["A"], leaves["B"], self.scale, leaves["bias"],
-            dropout_p=self.p, dropout_key=self.key, backend=backend,
+            dropout_p=self.p, dropout_key=self.key, backend=backend, route=route,
         )  # fmt: skip
 
-    def run(self, backend: str, needs: Sequence[str] = GRADIENTS) -> dict[str, Tensor]:
+    def run(self, backend: str, needs: Sequence[str] = GRADIENTS, route: str | None = None) -> dict[str, Tensor]:
         """{"y": output, name: gradient for each name in needs}"""
         leaves = self.leaves(needs)
-        y = self.call(backend, leaves)
+        y = self.call(backend, leaves, route)
         grads = torch.autograd.grad(y, [leaves[n] for n in needs], self.d_y.to(y.dtype))
         return {"y": y.detach(), **dict(zip(needs, grads))}
 
@@ -58,7 +58,10 @@ def make_case(
     M: int, K: int, N: int, R: int, dtype: torch.dtype, adapter: torch.dtype, base: str, p: float, device: str = "cpu"
 ) -> LoraCase:
     W = torch.randn(N, K) / K**0.5
-    weight = W.to(dtype) if base == "dense" else blockwise.quantize(W.to(dtype), base)
+    if base == "dense":
+        weight: Tensor | QuantizedWeight = W.to(dtype)
+    else:
+        weight = int8.quantize(W.to(dtype)) if base == "int8" else blockwise.quantize(W.to(dtype), base)
     return LoraCase(
         x=torch.randn(M, K, dtype=dtype, device=device),
         weight=weight.to(device),
@@ -80,7 +83,7 @@ def autograd_truth(
     Without autocast fp32 adapters are rounded to x's dtype first, as a user of plain torch would have to.
     """
     leaves = {n: convert(t.detach()).requires_grad_() for n, t in case.leaves().items() if n != "weight"}
-    W = case.weight if not case.quantized else blockwise.dequantize(case.weight, case.x.dtype)
+    W = case.weight if not case.quantized else reference.dequantize(case.weight, case.x.dtype)
     x, A, B = leaves["x"], leaves["A"], leaves["B"]
     if not under_autocast:
         A, B = A.to(x.dtype), B.to(x.dtype)
@@ -89,9 +92,9 @@ def autograd_truth(
     return {"y": y.detach(), **dict(zip(leaves, grads))}
 
 
-def check_against_fp64(case: LoraCase, backend: str) -> None:
+def check_against_fp64(case: LoraCase, backend: str, route: str | None = None) -> None:
     """Outputs and gradients: the inputs' dtypes, and no worse than 1.5 times plain torch at this dtype."""
-    got = case.run(backend)
+    got = case.run(backend, route=route)
     by_torch = autograd_truth(case, lambda t: t)
     truth = autograd_truth(case, Tensor.double)
     for name, value in got.items():

@@ -9,7 +9,7 @@ import torch
 
 from peft_fast import dispatch, ops
 from peft_fast.dispatch import REFERENCE, Choice, Op, TritonUnsupported, current_backend, use_backend
-from peft_fast.ops.linear import choose
+from peft_fast.ops import Call, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -26,7 +26,8 @@ def call(backend=None):
 
 
 def test_on_a_cpu_auto_runs_the_reference_and_says_so():
-    assert choose(torch.float32, CPU) == Choice("lora_linear", REFERENCE, "the tensors are on the CPU")
+    call_of_4 = Call(CPU, torch.float32, 4, 8, 16, 2)
+    assert choose(call_of_4) == Choice("lora_linear", REFERENCE, "the tensors are on the CPU")
     assert call().shape == (4, 8)
 
 
@@ -79,8 +80,7 @@ u.find_spec = lambda name, *a: None if name == "triton" else real(name, *a)
 import torch
 import peft_fast
 from peft_fast import ops
-from peft_fast.ops.linear import choose
-print(choose(torch.float32, torch.device("cpu")).because)
+print(ops.choose(ops.Call(torch.device("cpu"), torch.float32, 4, 8, 16, 2)).because)
 print(ops.lora_linear(torch.ones(1, 4), torch.ones(4, 4), torch.ones(2, 4), torch.ones(4, 2), 1.0)[0, 0].item())
 """
     done = python(blocked)
@@ -118,6 +118,6 @@ def test_the_reasons_for_a_gpu(monkeypatch):
 def test_choices_are_memoised(monkeypatch):
     asked = []
     op = Op("memoised", "split", lambda dtype: asked.append(dtype), needs_dot=False)
-    monkeypatch.setattr(dispatch, "_cannot_run_triton", lambda *a, **k: None)
+    monkeypatch.setattr(dispatch, "cannot_run_triton", lambda *a, **k: None)
     assert {op.choose("auto", CPU, torch.float32).route for _ in range(3)} == {"split"}
     assert len(asked) == 1

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peft_fast.dispatch import REFERENCE, Backend, Choice, checked, current_backend
+from peft_fast.dispatch import Backend, Choice, Route, checked, checked_route, current_backend, current_route
 from peft_fast.kernels import reference
 from peft_fast.quant.weight import Format, QuantizedWeight
 
@@ -50,8 +50,8 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def implementation(choice: Choice) -> ModuleType:
-    """The module that holds the functions of the chosen route; Triton is imported when it is first chosen."""
-    if choice.route == REFERENCE:
+    """The module that holds the functions of the chosen backend; Triton is imported when it is first chosen."""
+    if choice.backend == "torch":
         return reference
     from peft_fast.kernels import triton_ops
 
@@ -63,10 +63,19 @@ def resolve(backend: str | None) -> Backend:
     return current_backend() if backend is None else checked(backend, "backend")
 
 
+def resolve_route(route: str | None) -> Route:
+    return current_route() if route is None else checked_route(route, "route")
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype to multiply by x: autocast's where that is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if autocasting(kind) else x.dtype
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast prescribes for matrix products, differentiably; x itself where autocast is off."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if autocasting(kind) else x
+    return x.to(product_dtype(x))
 
 
 def autocasting(device_type: str) -> bool:

@@ -1,50 +1,33 @@
-"""lora_linear: a frozen linear layer, dense or 4-bit, and its LoRA adapter as one differentiable function.
+"""lora_linear: a frozen linear layer, dense or k-bit, and its LoRA adapter as one differentiable function.
 
-Routes, of which one is chosen inside the op (dispatch.py):
+table.py picks the route inside the op, routes.py has the steps of each.
 
-    split       y = x @ W.T + bias by cuBLAS, then lora_down and lora_up_add_ in Triton
-    reference   the same three steps in plain torch
-
-Kept for backward: x as it came (its cast under autocast), s [M, R], the dropout key; never W, a mask, or a fp32 copy.
+Kept for backward: x as it came (fp32 x is not copied: siblings that share x keep one tensor), s [M, R], the dropout
+key; never W, a mask, or a cast of x.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_fast.dispatch import Backend, Choice, Op
+from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
+from . import routes
 from .checks import check_bias, check_device, check_dropout
-from .library import autocast, autocasting, define, flatten, implementation, resolve, unflatten, weight_shape
-from .quant import materialize
+from .library import define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
 
-def _why_not(dtype: torch.dtype) -> str | None:
-    from peft_fast.kernels import lora_down, lora_up_add
-
-    return lora_down.why_not(dtype) or lora_up_add.why_not(dtype)
-
-
-LORA_LINEAR = Op("lora_linear", "split", _why_not)
-
-
-def choose(x_dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Choice:
-    """The route that lora_linear takes for x of this dtype on this device, with the reason."""
-    return LORA_LINEAR.choose(resolve(backend), device, x_dtype)
-
-
-def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, backend):
+def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, training, backend, route):
     M = x.shape[0]
-    return x.new_empty((M, weight_shape(weight, fmt)[0])), x.new_empty((M, A.shape[0]))
+    return x.new_empty((M, weight_shape(weight, fmt)[0]), dtype=dtype), x.new_empty((M, A.shape[0]), dtype=dtype)
 
 
 @define(
     "lora_linear(Tensor x, Tensor[] weight, str fmt, Tensor? bias, Tensor A, Tensor B, float scale, float p, "
-    "Tensor? key, str backend) -> (Tensor, Tensor)",
+    "Tensor? key, ScalarType dtype, bool training, str backend, str route) -> (Tensor, Tensor)",
     _forward_fake,
 )
 def _forward(
@@ -57,25 +40,24 @@ def _forward(
     scale: float,
     p: float,
     key: Tensor | None,
+    dtype: torch.dtype,
+    training: bool,
     backend: Backend,
+    route: Route,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, N], s [M, R])"""
-    run = implementation(LORA_LINEAR.choose(backend, x.device, x.dtype))
-    W = materialize(unflatten(weight, fmt), x.dtype, backend)
-    y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
-    s = run.lora_down(x, A, p, key)
-    run.lora_up_add_(y, s, B, scale)
-    return y, s
+    """(y [M, N], s [M, R]) in `dtype`."""
+    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, backend, route)
+    return routes.forward(x.to(dtype), bias, lora, training)
 
 
-def _backward_fake(dy, x, s, weight, fmt, A, B, scale, p, key, needs, backend):
+def _backward_fake(dy, x, s, weight, fmt, A, B, scale, p, key, needs, backend, route):
     like = [t.new_empty(t.shape if need else (0,)) for t, need in zip((x, A, B), needs)]
     return tuple(like)
 
 
 @define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor[] weight, str fmt, Tensor A, Tensor B, float scale, "
-    "float p, Tensor? key, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "float p, Tensor? key, bool[] needs, str backend, str route) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward(
@@ -91,13 +73,13 @@ def _backward(
     key: Tensor | None,
     needs: list[bool],
     backend: Backend,
+    route: Route,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [M, K], dA [R, K], dB [N, R]); an empty tensor for each that `needs` = (x, A, B) does not ask for."""
-    run = implementation(LORA_LINEAR.choose(backend, x.device, x.dtype))
-    needs_dx, needs_dA, needs_dB = needs
-    ds, dB = run.lora_up_backward(dy, s, B, scale, needs_dx or needs_dA, needs_dB)
-    dx = dy @ materialize(unflatten(weight, fmt), dy.dtype, backend) if needs_dx else None
-    dA = run.lora_down_backward(ds, x, A, p, key, dx, needs_dA) if needs_dx or needs_dA else None
+    """(dx [M, K] in x's dtype, dA [R, K], dB [N, R]); an empty tensor for each that `needs` = (x, A, B) does not ask
+    for. The products are taken in s's dtype, as in the forward."""
+    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, backend, route)
+    dx, dA, dB = routes.backward(dy, x.to(s.dtype), s, lora, (needs[0], needs[1], needs[2]))
+    dx = None if dx is None else dx.to(x.dtype)
     return tuple(t.new_empty(0) if g is None else g for g, t in ((dx, x), (dA, A), (dB, B)))  # type: ignore[return-value]
 
 
@@ -112,13 +94,16 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         p: float,
         key: Tensor | None,
+        dtype: torch.dtype,
+        training: bool,
         fmt: str,
         backend: str,
+        route: str,
         *weight: Tensor,
     ) -> Tensor:
-        y, s = _forward(x, list(weight), fmt, bias, A, B, scale, p, key, backend)
+        y, s = _forward(x, list(weight), fmt, bias, A, B, scale, p, key, dtype, training, backend, route)
         ctx.save_for_backward(x, s, A, B, key, *weight)
-        ctx.scale, ctx.p, ctx.fmt, ctx.backend = scale, p, fmt, backend
+        ctx.scale, ctx.p, ctx.fmt, ctx.backend, ctx.route = scale, p, fmt, backend, route
         return y
 
     @staticmethod
@@ -128,12 +113,12 @@ class _LoraLinear(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
-            out = _backward(dy, x, s, weight, ctx.fmt, A, B, ctx.scale, ctx.p, key, needs, ctx.backend)
+            out = _backward(dy, x, s, weight, ctx.fmt, A, B, ctx.scale, ctx.p, key, needs, ctx.backend, ctx.route)
             grads = [g if need else None for g, need in zip(out, needs)]
         dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
         # The base is frozen as a rule; who unfreezes a dense one gets its gradient.
-        dW = (dy.t() @ x).to(weight[0].dtype) if ctx.needs_input_grad[9] else None
-        return *grads, dbias, None, None, None, None, None, dW, *(None for _ in weight[1:])
+        dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if ctx.needs_input_grad[12] else None
+        return *grads, dbias, *(None,) * 8, dW, *(None for _ in weight[1:])
 
 
 def lora_linear(
@@ -146,21 +131,24 @@ def lora_linear(
     *,
     dropout_p: float = 0.0,
     dropout_key: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
+    route: str | None = None,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias + scale * dropout(x) @ A.T @ B.T     (LoRA, arXiv 2106.09685)
 
-    weight  W [N, K] in x's dtype (any float dtype under autocast), or a QuantizedWeight
-    A, B    [R, K] and [N, R], in x's dtype or in fp32: then their gradients are fp32 and x is still not copied
+    weight  W [N, K] in `dtype` (any float dtype under autocast), or a QuantizedWeight
+    A, B    [R, K] and [N, R], in `dtype` or in fp32: then their gradients are fp32
     scale   multiplies the adapter's output: alpha / r, or alpha / sqrt(r) for rsLoRA
     dropout_p, dropout_key   probability in [0, 1], rounded to 1/65536, and new_dropout_key(x.device)
+    dtype   in which to multiply, and y's; by default autocast's where that is on, else x's. x keeps its own
     backend "auto" | "triton" | "torch"; None: the process's (dispatch.use_backend)
+    route   "auto" | "split" | "merge" | "fused" (routes.py); None: the process's (dispatch.use_route)
 
-    Differentiable in x, A, B, bias and a dense weight. Under autocast x is cast to autocast's dtype first. Raises
-    ValueError for shapes that do not fit, TypeError for dtypes that do not, TritonUnsupported where Triton was asked
-    for by name and cannot take the call.
+    Differentiable in x, A, B, bias and a dense weight. Raises ValueError for shapes that do not fit and for a route
+    that cannot take the call, TypeError for dtypes that do not fit, TritonUnsupported where Triton was asked for by
+    name and cannot take the call.
     """
-    x = autocast(x)
     tensors, fmt = flatten(weight)
     N, K = weight.shape
     R = A.shape[0]
@@ -168,13 +156,15 @@ def lora_linear(
         raise ValueError(f"x must have K={K} features for a weight of shape {(N, K)}, got {tuple(x.shape)}")
     if A.shape != (R, K) or B.shape != (N, R):
         raise ValueError(f"A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
-    if not fmt and tensors[0].dtype != x.dtype and not autocasting(x.device.type):
+    autocast_dtype = product_dtype(x)
+    if not fmt and dtype is None and autocast_dtype == x.dtype and tensors[0].dtype != x.dtype:
         raise TypeError(
-            f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, or run under torch.autocast"
+            f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, give dtype, or use torch.autocast"
         )
     check_bias(bias, N)
     check_dropout(dropout_p, dropout_key)
     check_device(x, weight=tensors[0], A=A, B=B, bias=bias, dropout_key=dropout_key)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))
     y = _LoraLinear.apply(
         x.reshape(-1, K),
         A,
@@ -183,8 +173,11 @@ def lora_linear(
         scale,
         dropout_p,
         dropout_key if dropout_p else None,
+        dtype or autocast_dtype,
+        training,
         fmt,
         resolve(backend),
+        resolve_route(route),
         *tensors,
     )
     return y.view(*x.shape[:-1], N)

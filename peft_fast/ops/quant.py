@@ -1,33 +1,17 @@
-"""dequantize and quant_matmul: 4-bit weights as matrices, and as the frozen factor of a product."""
+"""dequantize and quant_matmul: k-bit weights as matrices, and as the frozen factor of a product."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_fast.dispatch import Backend, Op
+from peft_fast.dispatch import Backend
 from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
 
+from . import routes
 from .checks import check_bias, check_device
-from .library import autocast, define, flatten, implementation, resolve, unflatten
-
-
-def _why_not(dtype: torch.dtype) -> str | None:
-    from peft_fast.kernels import dequantize
-
-    return dequantize.why_not(dtype)
-
-
-DEQUANTIZE = Op("dequantize", "triton", _why_not, needs_dot=False)
-
-
-def materialize(weight: Tensor | QuantizedWeight, dtype: torch.dtype, backend: Backend) -> Tensor:
-    """W [N, K] in `dtype`: dequantised, or cast where it has another one. For implementations of ops."""
-    if isinstance(weight, Tensor):
-        return weight.to(dtype)
-    return implementation(DEQUANTIZE.choose(backend, weight.device, dtype)).dequantize(weight, dtype)
+from .library import autocast, define, flatten, resolve, unflatten
 
 
 def _dequantize_fake(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: str) -> Tensor:
@@ -37,7 +21,7 @@ def _dequantize_fake(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend
 
 @define("dequantize(Tensor[] weight, str fmt, ScalarType dtype, str backend) -> Tensor", _dequantize_fake)
 def _dequantize(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: Backend) -> Tensor:
-    return materialize(unflatten(weight, fmt), dtype, backend)
+    return routes.dequantize(unflatten(weight, fmt), dtype, backend)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
@@ -62,8 +46,7 @@ def _quant_matmul_fake(x: Tensor, weight: list[Tensor], fmt: str, bias: Tensor |
     _quant_matmul_fake,
 )
 def _quant_matmul(x: Tensor, weight: list[Tensor], fmt: str, bias: Tensor | None, backend: Backend) -> Tensor:
-    W = materialize(unflatten(weight, fmt), x.dtype, backend)
-    return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+    return routes.product(x, unflatten(weight, fmt), bias, backend)
 
 
 def _quant_matmul_dx_fake(dy: Tensor, weight: list[Tensor], fmt: str, backend: str) -> Tensor:
@@ -72,7 +55,7 @@ def _quant_matmul_dx_fake(dy: Tensor, weight: list[Tensor], fmt: str, backend: s
 
 @define("quant_matmul_dx(Tensor dy, Tensor[] weight, str fmt, str backend) -> Tensor", _quant_matmul_dx_fake)
 def _quant_matmul_dx(dy: Tensor, weight: list[Tensor], fmt: str, backend: Backend) -> Tensor:
-    return dy @ materialize(unflatten(weight, fmt), dy.dtype, backend)
+    return routes.product_dx(dy, unflatten(weight, fmt), backend)
 
 
 class _QuantMatmul(torch.autograd.Function):

@@ -151,8 +151,8 @@ class BaseTunerLayer(AdapterHolder):
         attributes = [getattr(self, attribute) for attribute in self.adapter_layer_names]
         return [name for name in self._active_adapter if any(name in container for container in attributes)]
 
-    def route(self) -> Choice:
-        """What a forward runs now, for activations of the layer's own dtype, and why: a row of `explain`."""
+    def route(self, tokens: int) -> Choice:
+        """What a forward of so many tokens, in the layer's own dtype, runs now, and why: a row of `explain`."""
         return Choice(type(self).__name__, "reference", "this method has no kernels of its own")
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

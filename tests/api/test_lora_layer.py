@@ -160,20 +160,20 @@ def test_one_call_does_the_base_layer_and_the_adapter(monkeypatch):
 def test_route(kind):
     layer = lora(kind)
     with use_backend("auto"):
-        assert layer.route() == Choice("lora_linear", "reference", "the tensors are on the CPU")
+        assert layer.route(512) == Choice("lora_linear", "reference", "the tensors are on the CPU")
     layer.backend = "torch"
-    assert layer.route().because == "backend torch was asked for"
+    assert layer.route(512).because == "backend torch was asked for"
     handle = layer.base_layer.register_forward_hook(lambda *args: None)
-    assert layer.route().route == "added"
+    assert layer.route(512).route == "added"
     handle.remove()
     layer.set_adapter([])
-    assert (layer.route().route, layer.route().because) == ("base", "the adapters are not active here")
+    assert (layer.route(512).route, layer.route(512).because) == ("base", "the adapters are not active here")
     layer.set_adapter("default")
     layer.enable_adapters(False)
-    assert layer.route().because == "the adapters are switched off"
+    assert layer.route(512).because == "the adapters are switched off"
     layer.enable_adapters(True)
     layer.merge()
-    assert layer.route().because == "the adapters are merged"
+    assert layer.route(512).because == "the adapters are merged"
 
 
 def test_a_base_layer_that_does_more_than_multiply_is_called():

@@ -100,18 +100,22 @@ class Linear(LoraLayer):
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return self._add(call_layer(self.base_layer, x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
-            return self._add(self._base_and(adapters[0], x, weight), x, adapters[1:])
+            return self._add(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.
         dtype = getattr(self.base_layer, "compute_dtype", None)
-        z = x if dtype is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        if dtype is None or torch.is_autocast_enabled(x.device.type):
+            dtype = None
+        if len(adapters) == 1:
+            y = self._base_and(adapters[0], x, weight, dtype)  # keeps x as it is, not a cast of it
+            return y if dtype is None else y.to(x.dtype)
+        z = x if dtype is None else x.to(dtype)
         if adapters:
-            y = self._base_and(adapters[0], z, weight)
+            y = self._add(self._base_and(adapters[0], z, weight, None), z, adapters[1:])
         else:
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
-        y = self._add(y, z, adapters[1:])
-        return y if z is x else y.to(x.dtype)
+        return y if dtype is None else y.to(x.dtype)
 
-    def route(self) -> Choice:
+    def route(self, tokens: int) -> Choice:
         weight = matmul_weight(self.base_layer)
         if not self.adapters_in_effect():
             reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
@@ -119,16 +123,22 @@ class Linear(LoraLayer):
         if weight is None:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
         dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
-        return ops.linear.choose(dtype, weight.device, self.backend)
+        (name, *_), training = self.adapters_in_effect(), self.training and torch.is_grad_enabled()
+        dropout = self.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
+        N, K = weight.shape
+        call = ops.Call(weight.device, dtype, tokens, N, K, self.r[name], fmt, p, training)
+        return ops.choose(call, self.backend)
 
-    def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-        """The base layer and one adapter in one op."""
+    def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
+        """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
         A, B = self.factors(name)
         bias, extra = self.bias, self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
         scale, dropout = self.scaling[name], self._dropout(name, x)
-        return ops.lora_linear(x, weight, A.weight, B.weight, scale, bias, backend=self.backend, **dropout)
+        return ops.lora_linear(x, weight, A.weight, B.weight, scale, bias, dtype=dtype, backend=self.backend, **dropout)
 
     def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus what these adapters make of x."""

@@ -1,0 +1,203 @@
+"""Who runs what: the route of a linear layer as a pure function of what the call looks like.
+
+A k-bit weight can be multiplied by in three ways, and which is fastest depends on the card and on the tokens M:
+
+    fused         kernels/quant_matmul.py decodes the weight inside the product
+    bitsandbytes  bitsandbytes >= 0.50 does (forward only, 4 bits)
+    dequantize    W is written out once, then multiplied by with cuBLAS
+
+and a LoRA layer on top of it in three (routes.py has the steps of each):
+
+    split         the product, by bitsandbytes or on the dequantised W, then lora_down and lora_up_add_
+    fused         lora_down, then our product with the up projection in its epilogue
+    merge         W' = W + scale * B @ A, rounded once, written out where W would be; then one product
+
+`reference` is split in plain torch. NONE of the numbers below was measured by us: no kernel of this project has run on
+a GPU. Each says where it comes from; bench/crossover.py measures them and writes what it finds to bench/results.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from peft_fast.dispatch import REFERENCE, Backend, Choice, Op, Route, cannot_run_triton
+from peft_fast.quant import bitsandbytes_kernels
+from peft_fast.quant.weight import Format
+
+from .library import resolve, resolve_route
+
+# Up to this many tokens our GEMV class runs: a row of x against each weight as it is decoded, no tensor cores. Prior:
+# bitsandbytes 0.50 takes its own SIMT kernel up to 3 to 8 (backends/cuda/ops.py there). Ours goes first because theirs
+# rounds code, scale and product to 16 bits each, ours the product only (csrc/gemm_4bit.cu, read at 95f9af3).
+GEMV_M = 8
+
+# Up to this many tokens decoding inside a tensor-core product beats dequantise + cuBLAS, by compute capability; the
+# forward, and the product for dx. Prior: for weights of 16 M elements and more bitsandbytes 0.50 takes its own kernel
+# up to 16-64 tokens on sm_90, 64-128 on sm_86, 128-256 on sm_89 and sm_120 (the table in backends/cuda/ops.py): the
+# forward has the lower ends, dx the upper ones, because there its alternative moves dy and W through cuBLAS just so.
+FUSED_M = {80: (64, 64), 86: (64, 128), 89: (128, 256), 90: (16, 16), 100: (8, 8), 120: (128, 256)}
+
+# bitsandbytes' own kernel on a T4, fp16 only; the same table. Triton has no tensor cores there.
+BITSANDBYTES_M = {75: 64} | {capability: forward for capability, (forward, _) in FUSED_M.items()}
+
+# From this many tokens merging beats split. Calculated: merging costs 2 R operations a weight more than dequantising,
+# split moves 2 M K + 4 M N bytes and launches two kernels more; at 4096 x 4096, R = 16 they are equal near M = 330 on a
+# card of 1 TB/s, launches not counted (kernels.md 2.3, 3.2).
+MERGE_M = 256
+
+# Whether training may merge: bench/merge_gate.py, results in bench/results/merge_gate.md.
+MERGE_IN_TRAINING = False
+
+
+class Call(NamedTuple):
+    """All that a route may depend on: the device, and y [M, N] = x [M, K] @ W.T with an adapter of rank R."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the product
+    tokens: int  # M
+    N: int
+    K: int
+    R: int = 0  # 0: no adapter
+    fmt: str = ""  # str(weight.format); empty for a dense weight
+    p: float = 0.0  # dropout
+    training: bool = False  # gradients will be asked for
+
+
+def capability(device: torch.device) -> int:
+    """89 for sm_89; 0 for what is no NVIDIA GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _newest(table: dict, cc: int) -> int:
+    """The key of the newest generation in the table that is not newer than the card; 0 where all are."""
+    return max((key for key in table if key <= cc), default=0)
+
+
+def _why_not_dequantize(dtype: torch.dtype) -> str | None:
+    from peft_fast.kernels import dequantize
+
+    return dequantize.why_not(dtype)
+
+
+def _why_not_lora(dtype: torch.dtype) -> str | None:
+    from peft_fast.kernels import lora_down, lora_up_add
+
+    return lora_down.why_not(dtype) or lora_up_add.why_not(dtype)
+
+
+DEQUANTIZE = Op("dequantize", "triton", _why_not_dequantize, needs_dot=False)
+LORA_LINEAR = Op("lora_linear", "split", _why_not_lora)
+
+
+@functools.lru_cache(maxsize=4096)
+def dequantization(backend: Backend, device: torch.device, dtype: torch.dtype, fmt: str) -> Choice:
+    """Whose code writes a k-bit weight out. All of them give the same bits."""
+    choice = DEQUANTIZE.choose(backend, device, dtype)
+    if backend != "auto" or choice.backend != "torch":
+        return choice
+    if bitsandbytes_kernels.why_not_dequantize(Format.parse(fmt), device, dtype):
+        return choice
+    because = f"{choice.because}, where bitsandbytes' C++ gives the same bits faster than torch"
+    return Choice("dequantize", "bitsandbytes", because, "bitsandbytes")
+
+
+def why_not_fused(call: Call, backend: Backend, needs_dot: bool = True) -> str | None:
+    """The reason quant_matmul's kernels cannot take a call, or None. `needs_dot`: with tensor cores."""
+    if not call.fmt:
+        return "the weight is dense"
+    if backend == "torch":
+        return "backend torch was asked for"
+    if reason := cannot_run_triton(call.device, call.dtype, needs_dot, interpreter=backend == "triton"):
+        return reason
+    from peft_fast.kernels import quant_matmul
+
+    return quant_matmul.why_not(call.dtype, Format.parse(call.fmt))
+
+
+@functools.lru_cache(maxsize=4096)
+def product(call: Call, backend: Backend) -> Choice:
+    """Who computes x @ W.T for a k-bit W: "fused", "bitsandbytes" or "dequantize"."""
+    if call.tokens <= GEMV_M:
+        if why_not_fused(call, backend, needs_dot=False) is None:
+            return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {GEMV_M}", "triton")
+        return _dequantize(call, backend)
+    cc = capability(call.device)
+    limit = BITSANDBYTES_M.get(_newest(BITSANDBYTES_M, cc), 0)
+    if (
+        backend == "auto"
+        and call.tokens <= limit
+        and bitsandbytes_kernels.why_not_matmul(Format.parse(call.fmt), call.device, call.dtype) is None
+    ):
+        because = f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior: bitsandbytes' table)"
+        return Choice("quant_matmul", "bitsandbytes", because, "bitsandbytes")
+    limit = FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[0]
+    if call.tokens <= limit and why_not_fused(call, backend) is None:
+        return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
+    return _dequantize(call, backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def product_dx(call: Call, backend: Backend) -> Choice:
+    """Who computes dy @ W for a k-bit W: "fused" or "dequantize"."""
+    cc = capability(call.device)
+    limit = FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[1]
+    if call.tokens <= limit and why_not_fused(call, backend) is None:
+        return Choice("quant_matmul_dx", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
+    return _dequantize(call, backend)
+
+
+def _dequantize(call: Call, backend: Backend) -> Choice:
+    choice = dequantization(backend, call.device, call.dtype, call.fmt)
+    return Choice("quant_matmul", "dequantize", choice.because, choice.backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def linear(call: Call, backend: Backend, route: Route = "auto") -> Choice:
+    """The route of lora_linear's forward.
+
+    Raises TritonUnsupported where Triton was asked for by name and cannot run, ValueError where a route was.
+    """
+    can = LORA_LINEAR.choose(backend, call.device, call.dtype)
+    if route != "auto":
+        if problem := _why_not_route(route, call, can):
+            raise ValueError(f"route {route} was asked for, but {problem}; route auto would take what can")
+        return Choice("lora_linear", route, "asked for", can.backend)
+    if can.backend == "torch" or not call.fmt:
+        return can
+    base = product(call, backend)
+    if base.route == "fused":
+        return Choice("lora_linear", "fused", base.because, "triton")
+    if call.p == 0.0 and call.tokens >= MERGE_M and (MERGE_IN_TRAINING or not call.training):
+        return Choice("lora_linear", "merge", f"{call.tokens} tokens, at least {MERGE_M}, no dropout", "triton")
+    return Choice("lora_linear", "split", f"{base.route}: {base.because}", "triton")
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_backward(call: Call, backend: Backend, route: Route = "auto") -> Choice:
+    """The route of lora_linear's backward, for the same call as the forward's."""
+    forward = linear(call, backend, route)
+    if route != "auto" or forward.route in (REFERENCE, "merge") or not call.fmt:
+        return forward
+    base = product_dx(call, backend)
+    return Choice("lora_linear", "fused" if base.route == "fused" else "split", base.because, "triton")
+
+
+def _why_not_route(route: Route, call: Call, can: Choice) -> str | None:
+    if route == "split":
+        return None
+    if not call.fmt:
+        return "the weight is dense: there is nothing to decode"
+    if route == "merge":
+        return "dropout is not a change of the weight" if call.p else None
+    if can.backend == "torch":
+        return None
+    return why_not_fused(call, "triton")
+
+
+def choose(call: Call, backend: str | None = None, route: str | None = None) -> Choice:
+    """The route that lora_linear takes for this call, with the reason; backend and route default to the process's."""
+    return linear(call, resolve(backend), resolve_route(route))

@@ -40,7 +40,7 @@ def _newest(table: dict[int, dict], device: torch.device) -> dict:
     return table[max(known for known in table if known <= own)]
 
 
-# A multiple of every quantisation block. Words a thread has in flight at once: 4, and 8 where there is more bandwidth to
+# A multiple of every quantisation block. Words a thread has in flight: 4, and 8 where there is more bandwidth to
 # fill; 5.8 SASS instructions per weight with 4, 5.4 with 8 (sm_89, sm_90).
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
@@ -79,3 +79,18 @@ def lora_up_backward(R: int, itemsize: int) -> dict:
     if itemsize == 4:
         return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r)
     return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=32 if block_r == 32 else 64, BLOCK_R=block_r)
+
+
+# Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.
+SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
+
+
+def dequantize_merge(itemsize: int, aligned: bool) -> dict:
+    """None of these spills. Eight warps hold 80 registers a thread and 24 warps fit an SM of sm_89, four hold 145 to 219
+    and 8 to 12 fit. Ranks in tiles of 16, whatever the rank: wider ones take registers from the weights, and no more
+    than half of the tiles' depth is ever padding. One stage: for most ranks the loop has one step or two."""
+    if not aligned:
+        return dict(BLOCK_N=32, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=1)
+    if itemsize == 4:
+        return dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=4, num_stages=1)
+    return dict(BLOCK_N=64, BLOCK_K=128, BLOCK_R=16, num_warps=8, num_stages=1)

@@ -13,6 +13,8 @@ A nested scale is a product and a sum that are both rounded: the kernels that in
 enable_fp_fusion=False, and write tl.fma where they mean one.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -60,11 +62,23 @@ def is_aligned(weight: QuantizedWeight) -> bool:
     return weight.data.data_ptr() % 4 == 0 and weight.data.numel() % 4 == 0
 
 
+def tile_constants(weight: QuantizedWeight, BLOCK_N: int, BLOCK_K: int) -> dict:
+    """What `tile` needs to know at compile time. UNIT: neighbours in a row that surely share a scale."""
+    N, K = weight.shape
+    nested = weight.nested.blocksize if weight.nested else 0
+    even = N % BLOCK_N == 0 and K % BLOCK_K == 0
+    if weight.bits == 8:
+        return dict(G=0, NESTED_G=0, UNIT=BLOCK_K, ALIGNED=True, EVEN=even)
+    unit = math.gcd(K, weight.blocksize, BLOCK_K)
+    return dict(G=weight.blocksize, NESTED_G=nested, UNIT=unit, ALIGNED=is_aligned(weight), EVEN=even)
+
+
 @triton.jit
-def load_words(data_ptr, word, end, ALIGNED: tl.constexpr, EVEN: tl.constexpr):
-    """int32 like `word`, which counts from data_ptr, where `end` bytes lie; 0 beyond. EVEN: all lie inside."""
+def load_words(data_ptr, word, inside, end, ALIGNED: tl.constexpr):
+    """int32 like `word`, which counts from data_ptr: the words that are `inside` (None: all), of which the last may be
+    short: `end` bytes lie there."""
     if ALIGNED:
-        return tl.load(data_ptr.to(tl.pointer_type(tl.int32)) + word, mask=None if EVEN else word * 4 < end)
+        return tl.load(data_ptr.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=None if inside is None else 0)
     packed = tl.zeros(word.shape, tl.int32)
     for i in tl.static_range(4):
         byte = word * 4 + i
@@ -100,6 +114,48 @@ def load_scales(
     scale = tl.load(absmax_ptr + block, mask=inside, other=None if inside is None else 0)
     if NESTED_G:
         scale = tl.load(nested_code_ptr + scale.to(tl.int32))
-        scale *= tl.load(nested_absmax_ptr + group)
+        scale *= tl.load(nested_absmax_ptr + group, mask=inside, other=None if inside is None else 0.0)
         scale += tl.load(offset_ptr)
     return scale
+
+
+@triton.jit
+def tile(
+    data_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+    n0, k0, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    G: tl.constexpr, NESTED_G: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_K]: the exact weights of rows n0.. and columns k0.., finite numbers beyond N and K.
+
+    G = 0: int8. UNIT and the rest: `tile_constants`. EVEN: the tile lies inside.
+    """
+    n = n0 + tl.arange(0, BLOCK_N)[:, None]
+    row = n.to(tl.int64) * K  # [BLOCK_N, 1]; offsets within a row fit 32 bits
+    if G == 0:
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        codes = tl.load(data_ptr + row + k, mask=None if EVEN else (n < N) & (k < K), other=None if EVEN else 0)
+        scale = tl.load(absmax_ptr + n, mask=None if EVEN else n < N, other=None if EVEN else 0.0)
+        values = codes.to(tl.float32) * (scale * INT8_PER_CODE)
+    else:
+        unit = k0 + tl.arange(0, BLOCK_K // UNIT)[None, :] * UNIT
+        block = (row + unit) // G
+        inside = None if EVEN else (n < N) & (unit < K)
+        scale = load_scales(
+            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+            block, block // NESTED_G if NESTED_G else 0, inside, NESTED_G,
+        )  # fmt: skip
+        if UNIT % 8 == 0:
+            # Contiguous by 1: a thread's words lie apart, so that its neighbours' stores of eight weights each are whole
+            # lines, as in dequantize.
+            k = k0 + tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)[None, :] * 8
+            end = tl.cast(N, tl.int64) * K // 2
+            words = load_words(data_ptr, row // 8 + k // 8, None if EVEN else (n < N) & (k < K), end, ALIGNED)
+            codes = look_up(words, code_ptr)
+        else:  # rows that begin within a word, or even within a byte
+            k = k0 + tl.arange(0, BLOCK_K)[None, :]
+            element = row + k
+            byte = tl.load(data_ptr + element // 2, mask=None if EVEN else (n < N) & (k < K), other=None if EVEN else 0)
+            codes = tl.load(code_ptr + tl.where(element % 2 == 0, byte >> 4, byte & 15).to(tl.int32))
+        values = (codes.reshape(BLOCK_N, BLOCK_K // UNIT, UNIT) * scale[:, :, None]).reshape(BLOCK_N, BLOCK_K)
+    return values

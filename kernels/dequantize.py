@@ -30,7 +30,7 @@ def _dequantize_kernel(
     # "Contiguous by 1" keeps Triton from giving a thread four words in a row, whose 64 bytes it would have to
     # redistribute through shared memory before they can be stored coalesced.
     word = tl.max_contiguous(tl.arange(0, BLOCK // 8), 1)
-    words = decode.load_words(data_ptr + first // 2, word, (end + 1) // 2, ALIGNED, EVEN)
+    words = decode.load_words(data_ptr + first // 2, word, None if EVEN else word * 8 < end, (end + 1) // 2, ALIGNED)
     codes = decode.look_up(words, code_ptr)
 
     block0 = first // G
@@ -69,7 +69,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: T
     """The weight [N, K] in `dtype` (default: its own); into `out`, contiguous, if given."""
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    assert out.is_contiguous() and out.shape == weight.shape
+    assert out.is_contiguous()
+    assert out.shape == weight.shape
     N, K = weight.shape
     if out.numel() == 0:
         return out

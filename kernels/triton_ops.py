@@ -1,7 +1,15 @@
 """The functions of reference.py, in Triton: same names, same arguments, same results up to rounding."""
 
 from .dequantize import dequantize
+from .dequantize_merge import dequantize_merge
 from .lora_down import lora_down, lora_down_backward
 from .lora_up_add import lora_up_add_, lora_up_backward
 
-__all__ = ["dequantize", "lora_down", "lora_down_backward", "lora_up_add_", "lora_up_backward"]
+__all__ = [
+    "dequantize",
+    "dequantize_merge",
+    "lora_down",
+    "lora_down_backward",
+    "lora_up_add_",
+    "lora_up_backward",
+]

@@ -4,7 +4,7 @@ from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_m
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
 from .explain import explain
-from .kbit import prepare_model_for_kbit_training
+from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import get_peft_model
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
@@ -21,6 +21,7 @@ __all__ = [
     "PeftType",
     "QuantizedLinear",
     "TaskType",
+    "cast_mixed_precision_params",
     "explain",
     "get_peft_config",
     "get_peft_model",

@@ -1,6 +1,6 @@
-"""4-bit linear layers without bitsandbytes: quantize_linear_layers(model) and the layer it puts in place.
+"""k-bit linear layers without bitsandbytes: quantize_linear_layers(model) and the layer it puts in place.
 
-The bytes, and the names in the state dict, are those of bitsandbytes.nn.Linear4bit.
+The bytes, and the names in the state dict, are those of bitsandbytes' Linear4bit and Linear8bitLt.
 """
 
 from collections import Counter
@@ -11,32 +11,37 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import ops
-from .quant import blockwise
+from .quant import blockwise, int8
 from .quant.state import from_state, state_keys, to_state
-from .quant.weight import QuantizedWeight
+from .quant.weight import INT8, QuantizedWeight
 
 
 class QuantizedLinear(nn.Module):
-    """y = x @ W.T + bias with a frozen W in 4 bits: a `nn.Linear` whose weight cannot be trained.
+    """y = x @ W.T + bias with a frozen W in 4 or 8 bits: a `nn.Linear` whose weight cannot be trained.
 
-    `weight` is a uint8 parameter [ceil(N * K / 2), 1] that holds the packed codes. The scales are neither parameters
-    nor buffers: `model.half()` must not touch them. They follow the weight to its device.
+    `weight` is a parameter that holds the codes: uint8 [ceil(N * K / 2), 1], two in a byte, or int8 [N, K]. The scales
+    are neither parameters nor buffers: `model.half()` must not touch them. They follow the weight to its device.
+    x stays in floating point: it is multiplied by the dequantised weight, in training and in eval mode alike.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.data.view(-1, 1), requires_grad=False)
+        self._take(weight)
         self.bias = bias
-        self._format = weight.format
-        self._scales = weight.tensors()[1:]
 
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
     ) -> "QuantizedLinear":
-        """The quantised twin of `linear`; shares its bias."""
-        weight = blockwise.quantize(linear.weight, quant_type, blocksize, double_quant)
+        """The quantised twin of `linear`; shares its bias.
+
+        `quant_type`: "nf4", "fp4", or "int8", which has one scale a row: the other two arguments then mean nothing.
+        """
+        if quant_type == INT8:
+            weight = int8.quantize(linear.weight)
+        else:
+            weight = blockwise.quantize(linear.weight, quant_type, blocksize, double_quant)
         return cls(weight, linear.bias).train(linear.training)
 
     @property
@@ -47,7 +52,11 @@ class QuantizedLinear(nn.Module):
         """Put another weight of the same shape in place of this one. Its tensors are taken, not copied."""
         if weight.shape != self.quantized_weight.shape:
             raise ValueError(f"the layer's weight is {self.quantized_weight.shape}, got {weight.shape}")
-        self.weight = nn.Parameter(weight.data.view(-1, 1), requires_grad=False)
+        self._take(weight)
+
+    def _take(self, weight: QuantizedWeight) -> None:
+        rows = weight.shape if weight.bits == 8 else (-1, 1)
+        self.weight = nn.Parameter(weight.data.view(rows), requires_grad=False)
         self._format, self._scales = weight.format, weight.tensors()[1:]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,9 +64,10 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         fmt = self._format
+        blocks = "rows" if fmt.bits == 8 else f"blocks of {fmt.blocksize}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{fmt.quant_type} in blocks of {fmt.blocksize}{', nested scales' if fmt.nested_blocksize else ''}"
+            f"{fmt.quant_type} in {blocks}{', nested scales' if fmt.nested_blocksize else ''}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
@@ -82,7 +92,7 @@ class QuantizedLinear(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         keys = state_keys(state_dict, prefix)
         try:
-            weight = from_state(state_dict, prefix)
+            weight = from_state(state_dict, prefix, int8_dtype=self._format.dtype)
             if self.weight.is_meta and not assign:
                 error_msgs.append(f"{prefix}weight is on the meta device: load with assign=True")
             else:
@@ -102,31 +112,31 @@ def quantize_linear_layers(
     model: nn.Module,
     bits: int = 4,
     *,
-    quant_type: str = "nf4",
-    blocksize: int = 64,
-    double_quant: bool = True,
+    quant_type: str | None = None,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
     skip_modules: list[str] | None = None,
 ) -> nn.Module:
-    """Replace the `nn.Linear` layers of `model`, in place, by 4-bit ones (QLoRA, arXiv 2305.14314); return the model.
+    """Replace the `nn.Linear` layers of `model`, in place, by k-bit ones; return the model.
 
-    bits          4; 8-bit weights come from bitsandbytes
-    quant_type    "nf4" or "fp4"
-    blocksize     weights that share a scale: 32 to 4096
-    double_quant  quantise the scales too: 0.516 bytes a weight instead of 0.5625 for blocks of 64
+    bits          4 (QLoRA, arXiv 2305.14314) or 8 (the weights of LLM.int8, arXiv 2208.07339: one scale a row)
     skip_modules  names, or last parts of names, to leave alone. By default the output embedding (`lm_head`), and what
                   the model's class wants in fp32 (T5's `wo`, whose dtype its code reads)
+
+    Only for 4 bits:
+    quant_type    "nf4" (the default) or "fp4"
+    blocksize     weights that share a scale: 32 to 4096, by default 64
+    double_quant  quantise the scales too, as by default: 0.516 bytes a weight instead of 0.5625 for blocks of 64
 
     Layers are replaced one by one: a second copy of the model never exists. Call it before get_peft_model. Raises
     ValueError before anything is replaced where an argument is out of range, a name or no layer at all matches, the
     model has adapters, or a weight holds inf or NaN.
     """
-    if bits != 4:
-        raise ValueError(f"bits must be 4, got {bits}: for 8 bits load the model with transformers' BitsAndBytesConfig")
-    blockwise.check_arguments(quant_type, blocksize)
+    quant_type, blocksize, double_quant = _checked_format(bits, quant_type, blocksize, double_quant)
     layers = _layers_to_quantize(model, skip_modules)
     for name, linear in layers.items():
-        if not bool(linear.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight holds inf or NaN, which 4 bits cannot store: check the checkpoint")
+        if problem := _why_not(linear.weight, bits):
+            raise ValueError(f"{name}.weight holds {problem}, which {bits} bits cannot store: check the checkpoint")
     twins: dict[nn.Linear, QuantizedLinear] = {}  # of layers that stand in the model under several names
     shared = Counter(layers.values())
     for name in tqdm(list(layers), desc=f"quantising to {quant_type}", unit="layer", disable=None, leave=False):
@@ -137,6 +147,32 @@ def quantize_linear_layers(
             twins[linear] = twin
         setattr(model.get_submodule(parent), child, twin)
     return model
+
+
+def _checked_format(
+    bits: int, quant_type: str | None, blocksize: int | None, double_quant: bool | None
+) -> tuple[str, int, bool]:
+    """The arguments of QuantizedLinear.from_linear, the defaults filled in."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if bits == 4:
+        checked = ("nf4" if quant_type is None else quant_type, 64 if blocksize is None else blocksize)
+        blockwise.check_arguments(*checked)
+        return *checked, double_quant is not False
+    given = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        raise ValueError(f"8 bits come in one format, one scale a row; leave out {given}, which are of 4 bits")
+    return INT8, 64, False
+
+
+def _why_not(weight: Tensor, bits: int) -> str | None:
+    """What a weight holds that codes of so many bits cannot stand for, or None."""
+    if not bool(weight.isfinite().all()):
+        return "inf or NaN"
+    if bits == 8 and not bool(weight.half().isfinite().all()):
+        return "values beyond fp16's 65504"
+    return None
 
 
 def _layers_to_quantize(model: nn.Module, skip_modules: list[str] | None) -> dict[str, nn.Linear]:

@@ -1,9 +1,15 @@
 """A QuantizedWeight as the named tensors that bitsandbytes writes into safetensors files, and back.
 
+4 bits:
 weight                                uint8 [ceil(N * K / 2), 1]
 weight.absmax, weight.quant_map       scales (uint8 when nested) and codes
 weight.nested_absmax, weight.nested_quant_map
 weight.quant_state.bitsandbytes__nf4  the numbers, as JSON in a uint8 tensor
+
+8 bits:
+weight                                int8 [N, K]
+SCB                                   float32 [N], the scales
+weight_format                         uint8 [], 0: row by row, the only layout since bitsandbytes 0.45
 """
 
 import json
@@ -12,14 +18,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .weight import NestedScales, QuantizedWeight
+from .weight import INT8, NestedScales, QuantizedWeight
 
 _STATE = "weight.quant_state.bitsandbytes__"
+_ROWS = 0  # the only `weight_format`
 
 
 def to_state(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Tensors by name, the packed weight itself included. They share the weight's memory, except for the two tables,
     which all weights have in common: safetensors refuses to write tensors that share memory with others."""
+    if weight.code is None:
+        rows = torch.tensor(_ROWS, dtype=torch.uint8)
+        return {"weight": weight.data.view(weight.shape), "SCB": weight.absmax, "weight_format": rows}
     numbers = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
@@ -41,11 +51,19 @@ def to_state(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def state_keys(state: Mapping[str, Tensor], prefix: str) -> list[str]:
     """The keys below `prefix` that belong to one quantised weight."""
-    return [k for k in state if k == prefix + "weight" or k.startswith(prefix + "weight.")]
+    names = {prefix + name for name in ("weight", "SCB", "weight_format")}
+    return [k for k in state if k in names or k.startswith(prefix + "weight.")]
 
 
-def from_state(state: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
-    """The inverse of `to_state`, on the same device. KeyError names what is missing, ValueError what is wrong."""
+def from_state(
+    state: Mapping[str, Tensor], prefix: str = "", int8_dtype: torch.dtype = torch.float16
+) -> QuantizedWeight:
+    """The inverse of `to_state`, on the same device. KeyError names what is missing, ValueError what is wrong.
+
+    `int8_dtype`: what an 8-bit weight dequantises to. Its tensors do not say; fp16 is what it was rounded to.
+    """
+    if prefix + "weight" in state and state[prefix + "weight"].dtype == torch.int8:
+        return _from_8bit_state(state, prefix, int8_dtype)
     packed = [k for k in state if k.startswith(prefix + _STATE)]
     if not packed:
         raise KeyError(prefix + _STATE + "nf4")
@@ -66,3 +84,16 @@ def from_state(state: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight
         getattr(torch, numbers["dtype"]),
         nested,
     ).check()
+
+
+def _from_8bit_state(state: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> QuantizedWeight:
+    codes, layout = state[prefix + "weight"], state.get(prefix + "weight_format")
+    if codes.dim() != 2:
+        raise ValueError(f"an int8 weight must be [N, K], got {tuple(codes.shape)}")
+    if layout is not None and not layout.is_meta and layout.item() != _ROWS:
+        raise ValueError(
+            f"weight_format must be {_ROWS}, got {layout.item()}, a tiled layout of bitsandbytes before 0.45: save the "
+            "model anew with a later version"
+        )
+    N, K = codes.shape
+    return QuantizedWeight(codes.reshape(-1), state[prefix + "SCB"], None, (N, K), K, INT8, dtype).check()

@@ -19,11 +19,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_fast.config import PeftConfig
+from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
-from .base_weight import HALF_DTYPES, repacks_itself
+from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
 from .matching import ALL_LINEAR, all_linear, find_targets
+from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
 
 
@@ -46,6 +48,7 @@ class BaseTuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = [adapter_name]
         self.targeted_module_names: list[str] = []
+        self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -77,7 +80,8 @@ class BaseTuner(nn.Module):
         before = {holder for _, holder in self.holders()}
         off = bool(before) and all(holder.disable_adapters for holder in before)
         kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
-        with unchanged_on_error(self.model), torch.device("meta") if low_cpu_mem_usage else nullcontext():
+        with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            self._keep_unpacked()
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in paths:
                 target = self.model.get_submodule(path)
@@ -103,7 +107,6 @@ class BaseTuner(nn.Module):
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
-        self._warn_of_repacking()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Was it the only active one, the first that is left takes its place, with a warning."""
@@ -114,6 +117,8 @@ class BaseTuner(nn.Module):
         for _, holder in self.holders():
             holder.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
+        if not self.peft_config:
+            self._allow_repacking()
         if adapter_name not in self.active_adapters:
             return
         left = [name for name in self.active_adapters if name != adapter_name]
@@ -278,13 +283,37 @@ class BaseTuner(nn.Module):
 
         Of a module in modules_to_save the copy of these adapters stays. Raises ValueError where two of them have one.
         """
+        names = self._names_to_merge(adapter_names)
+        self._merge(adapter_names, safe_merge, progressbar, undoable=False)
+        return self._unload(names)
+
+    def merge_to_16bit(
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        adapter_names: Sequence[str] | None = None,
+        progressbar: bool = True,
+    ) -> nn.Module:
+        """The base model as a plain one of `dtype`, bf16 or fp16, with the adapters (the active ones unless named)
+        merged in; for k-bit models: nothing is quantised again.
+
+        Every weight is the fp32 sum of the exact base weight and the adapters, rounded once. k-bit layers become
+        nn.Linear, or transformers' Conv1D where they came from one; norms and embeddings are cast. `save_pretrained`
+        writes the result without a quantization_config, and `from_pretrained` loads it. The progress bar shows on
+        terminals. Takes 2 bytes a weight beside the k-bit model, which is kept until the end: a ValueError (a dtype or
+        a model that is not for this, a broken adapter) or running out of memory leaves everything as it was.
+        """
+        merge_to_16bit(self.model, self._names_to_merge(adapter_names), dtype, progressbar)
+        self._allow_repacking()
+        return self.model
+
+    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """These adapters (None: the active ones) and those merged already; ValueError where they exclude each other."""
         wanted = self.active_adapters if adapter_names is None else list_of_names("adapter_names", adapter_names)
         self._check_known(wanted)
         names = list(dict.fromkeys([*wanted, *(n for _, layer in self.layers() for n in layer.merged_adapters)]))
         for _, holder in self.holders():
             holder.check_set_adapter(names)
-        self._merge(adapter_names, safe_merge, progressbar, undoable=False)
-        return self._unload(names)
+        return names
 
     def unload(self) -> nn.Module:
         """The base model as it was before, without any of our layers; merged adapters are unmerged first."""
@@ -297,6 +326,7 @@ class BaseTuner(nn.Module):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):
                 self._replace(path, holder.module_of(with_copies_of))
+        self._allow_repacking()
         return self.model
 
     def _warn_of_tied_weights(self) -> None:
@@ -309,19 +339,15 @@ class BaseTuner(nn.Module):
                 stacklevel=3,
             )
 
-    def _warn_of_repacking(self) -> None:
-        adapted = {layer.get_base_layer() for _, layer in self.layers()}
-        alone = [
-            path for path, module in self.model.named_modules() if module not in adapted and repacks_itself(module)
-        ]
-        if alone:
-            warnings.warn(
-                f"{len(alone)} 4-bit layers of bitsandbytes have no adapter, {alone[0]} for one. On this CPU such a "
-                "layer repacks its weight when it first runs in eval mode, and passes no gradients from then on: "
-                "training after an evaluation would learn next to nothing, silently. Adapt all of them "
-                "(target_modules='all-linear'), or load the model unquantised and use quantize_linear_layers",
-                stacklevel=4,
-            )
+    def _keep_unpacked(self) -> None:
+        """Keep bitsandbytes' 4-bit layers, adapted or not, from repacking their weights in eval mode on a CPU: after
+        that no gradient passes them, and training learns next to nothing, silently (quant/bitsandbytes.py)."""
+        self._kept_unpacked += [module for module in self.model.modules() if bitsandbytes.stop_repacking(module)]
+
+    def _allow_repacking(self) -> None:
+        for layer in self._kept_unpacked:
+            bitsandbytes.allow_repacking(layer)
+        self._kept_unpacked.clear()
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
         """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""

@@ -1,12 +1,9 @@
 """The weight of a linear layer, dense or k-bit: the one place that knows how each kind is read and written."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from peft_fast.quant import bitsandbytes
-from peft_fast.quant.blockwise import quantize
+from peft_fast.quant import bitsandbytes, blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.quantized_linear import QuantizedLinear
 
@@ -46,9 +43,25 @@ def set_base_weight(layer: nn.Module, weight: Tensor) -> None:
     old = quantized_weight(layer)
     if old is None:
         layer.weight.data.copy_(weight)  # type: ignore[operator, union-attr]
-        return
-    double_quant = old.nested is not None
-    set_quantized_weight(layer, quantize(weight, old.quant_type, old.blocksize, double_quant, dtype=old.dtype))
+        bitsandbytes.forget_codes(layer)
+    else:
+        set_quantized_weight(layer, _quantized_like(old, weight))
+
+
+def _quantized_like(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    if old.bits == 8:
+        return int8.quantize(weight, dtype=old.dtype)
+    return blockwise.quantize(weight, old.quant_type, old.blocksize, old.nested is not None, dtype=old.dtype)
+
+
+def can_hold(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether every value of `weight` is finite and stays so in the layer's dtype or format. Writes nothing."""
+    old = quantized_weight(layer)
+    if old is None:
+        stored = weight.to(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
+    else:
+        stored = weight.half() if old.bits == 8 else weight  # 8-bit codes are taken from the weight in fp16
+    return bool(stored.isfinite().all())
 
 
 def set_quantized_weight(layer: nn.Module, weight: QuantizedWeight) -> None:
@@ -63,38 +76,19 @@ def clone(weight: QuantizedWeight) -> QuantizedWeight:
     return QuantizedWeight.from_tensors([tensor.clone() for tensor in weight.tensors()], weight.format)
 
 
-def repacks_itself(layer: nn.Module) -> bool:
-    """Whether the layer's own forward, in eval mode, rewrites its weight so that no gradient passes it any more.
-
-    bitsandbytes' Linear4bit does so on CPUs with bf16 instructions (quant/bitsandbytes.py).
-    """
-    if not bitsandbytes.is_linear4bit(layer) or not getattr(layer, "support_avx512bf16_for_cpu", False):
-        return False
-    return layer.weight.device.type == "cpu"  # type: ignore[union-attr, return-value]
-
-
-def call_layer(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The layer's own forward, hooks included, without the repacking: a layer in training mode does not do it."""
-    if layer.training or not repacks_itself(layer):
-        return layer(x, *args, **kwargs)
-    quantized_weight(layer)  # what was repacked before we had the layer is unpacked by reading it
-    layer.training = True
-    try:
-        return layer(x, *args, **kwargs)
-    finally:
-        layer.training = False
-
-
 def is_bypassed(layer: nn.Module) -> bool:
     """torch.nn.MultiheadAttention uses its out_proj's weight without calling it: an adapter would never run."""
     return isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_dense_linear(layer: nn.Module) -> bool:
-    """A torch.nn.Linear that is called and holds a plain floating-point matrix (not 8 bits, not a tensor subclass)."""
+    """A torch.nn.Linear that is called and holds a plain floating-point matrix (not k bits, not a tensor subclass).
+
+    bitsandbytes' Linear8bitLt with `has_fp16_weights` is one.
+    """
     if not isinstance(layer, nn.Linear) or is_bypassed(layer):
         return False
-    if bitsandbytes.is_linear4bit(layer) or bitsandbytes.is_linear8bit(layer):
+    if bitsandbytes.is_kbit(layer):
         return False
     return type(layer.weight.data) is torch.Tensor and layer.weight.is_floating_point()
 

@@ -18,7 +18,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 
-from .base_weight import base_weight, check_writable, clone, set_base_weight, set_quantized_weight
+from .base_weight import base_weight, can_hold, check_writable, clone, set_base_weight, set_quantized_weight
 
 
 class AdapterHolder(nn.Module):
@@ -197,7 +197,7 @@ class BaseTunerLayer(AdapterHolder):
             warnings.warn("no adapter is merged: nothing to undo", stacklevel=2)
             return
         if self._unmerged is None:
-            self._write_base(*self._shifted_base(self.merged_adapters, -1))
+            self._write_base(*self.shifted_base(self.merged_adapters, -1))
         else:
             base: Any = self.get_base_layer()
             weight, bias = self._unmerged
@@ -233,8 +233,8 @@ class BaseTunerLayer(AdapterHolder):
         """Why these adapters should not be merged, or None: a trial that writes nothing."""
         if not adapter_names:
             return None
-        weight, bias = self._shifted_base(adapter_names, +1)
-        if weight.isfinite().all() and (bias is None or bias.isfinite().all()):
+        weight, bias = self.shifted_base(adapter_names)
+        if can_hold(self.get_base_layer(), weight) and (bias is None or bool(bias.isfinite().all())):
             return None
         return (
             f"merging {list(adapter_names)} gives inf or NaN in the weight: the adapter is broken; nothing was merged"
@@ -244,8 +244,9 @@ class BaseTunerLayer(AdapterHolder):
     def add_to_base(self, adapter_names: Sequence[str], undoable: bool = True) -> None:
         """The second half of `merge`: for names that `adapters_to_merge` let through.
 
-        Rounding to a few values cannot be undone by subtracting, so a k-bit weight is kept (half a byte per weight
-        for as long as it is merged), unless nobody will ask for it: not `undoable`.
+        Rounding to a few values cannot be undone by subtracting, so a k-bit weight is kept (half a byte or one per
+        weight, for as long as it is merged), unless nobody will ask for it: not `undoable`. Further adapters are merged
+        into the kept weight, together with those before, and the sum is rounded once.
         """
         if not adapter_names:
             return
@@ -254,23 +255,29 @@ class BaseTunerLayer(AdapterHolder):
             if undoable and not self.merged:
                 self._unmerged = clone(weight), None if self.bias is None else self.bias.clone()
             warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
-        self._write_base(*self._shifted_base(adapter_names, +1))
+        self._write_base(*self.shifted_base(adapter_names))
         self.merged_adapters += adapter_names
 
     @torch.no_grad()
-    def _shifted_base(self, adapter_names: Sequence[str], sign: int) -> tuple[Tensor, Tensor | None]:
-        """The base weight (fp32 for a k-bit one, else its dtype) and bias plus or minus these adapters' changes."""
-        base = self.get_base_layer()
-        weight = self.base_weight()
+    def shifted_base(self, adapter_names: Sequence[str], sign: int = 1) -> tuple[Tensor, Tensor | None]:
+        """The base weight [N, K] plus or minus what these adapters change, unrounded: in fp32, or fp64 for fp64.
+
+        A k-bit weight that adapters are merged into counts as the exact one that was kept, plus these adapters. The
+        bias [N] likewise, or None where the adapters leave it alone. Nothing is written.
+        """
+        weight, bias, names = self.base_weight(), self.bias, list(adapter_names)
+        if self._unmerged is not None:
+            exact, bias = self._unmerged
+            weight, names = exact.to(weight.device), [*self.merged_adapters, *names]
         dense = ops.dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight
         total = dense.to(torch.promote_types(dense.dtype, torch.float32))
-        bias = None
-        for name in adapter_names:
+        changed = False
+        for name in names:
             total = total + sign * self.get_delta_weight(name)
             change = self.get_delta_bias(name)
             if change is not None:
-                bias = (base.bias if bias is None else bias) + sign * change  # type: ignore[operator]
-        return total.to(dense.dtype), bias
+                bias, changed = bias + sign * change, True  # type: ignore[operator]
+        return total, bias if changed else None
 
     @torch.no_grad()
     def _write_base(self, weight: Tensor, bias: Tensor | None) -> None:

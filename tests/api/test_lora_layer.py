@@ -10,27 +10,31 @@ from torch import nn
 
 from peft_fast import LoraConfig, ops
 from peft_fast.dispatch import Choice, use_backend
-from peft_fast.quant import blockwise
+from peft_fast.quant import blockwise, int8
 from peft_fast.quant.bitsandbytes import read_linear
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.quantized_linear import QuantizedLinear
-from peft_fast.tuners.base_weight import repacks_itself
+from peft_fast.tuners.base_weight import matmul_weight
 from peft_fast.tuners.lora import Linear
 
 K, N, R = 64, 48, 4
 LOOSE = {"rtol": 1e-2, "atol": 1e-2}
-BASES = ("dense", "bitsandbytes", "ours")
+KBIT = ("bitsandbytes", "ours", "bitsandbytes-int8", "ours-int8")
+BASES = ("dense", *KBIT)
 
 
 def base_layer(kind: str, dtype=torch.float32, bias=True) -> nn.Module:
     linear = nn.Linear(K, N, bias, dtype=dtype).requires_grad_(False)
-    if kind == "ours":
-        return QuantizedLinear.from_linear(linear)
+    if kind.startswith("ours"):
+        return QuantizedLinear.from_linear(linear, "int8" if kind == "ours-int8" else "nf4")
+    if kind == "dense":
+        return linear
     if kind == "bitsandbytes":
         layer = bitsandbytes.nn.Linear4bit(K, N, bias, compute_dtype=dtype, quant_type="nf4")
-        layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu").requires_grad_(False)
-    return linear
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(K, N, bias, has_fp16_weights=kind == "bitsandbytes-fp16", threshold=6.0)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu").requires_grad_(False)
 
 
 def lora(kind="dense", dtype=torch.float32, bias=True, **options) -> Linear:
@@ -43,7 +47,7 @@ def lora(kind="dense", dtype=torch.float32, bias=True, **options) -> Linear:
 
 def base_matrix(layer: Linear) -> torch.Tensor:
     weight = layer.base_weight()
-    return blockwise.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight
+    return ops.dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight
 
 
 def expected(layer: Linear, x: torch.Tensor, names=("default",)) -> torch.Tensor:
@@ -93,7 +97,7 @@ def test_disabled_and_merged_layers_are_base_layers(kind):
     assert not (layer(x), layer.merged)[1]
 
 
-def test_a_4bit_layer_never_runs_bitsandbytes_own_forward():
+def test_a_4bit_layer_that_is_read_does_not_run_bitsandbytes_own_forward():
     """It would repack the weight in eval mode on CPUs with bf16 instructions, and lose gradients from then on."""
     layer = lora("bitsandbytes").eval()
     before = read_linear(layer.base_layer)
@@ -217,9 +221,8 @@ def test_merging(kind):
     if kind == "dense":
         torch.testing.assert_close(base_matrix(layer), before + delta)
     else:
-        old = layer.base_weight()
-        again = blockwise.quantize(before + delta, old.quant_type, old.blocksize, old.nested is not None, old.dtype)
-        assert torch.equal(base_matrix(layer), blockwise.dequantize(again))
+        again = int8.quantize(before + delta) if kind.endswith("int8") else blockwise.quantize(before + delta)
+        assert torch.equal(base_matrix(layer), ops.dequantize(again, torch.float32))
     with pytest.warns(UserWarning, match="merged already: nothing to merge"):
         layer.merge()
     layer.unmerge()
@@ -313,9 +316,9 @@ def stored(layer: Linear) -> list[torch.Tensor]:
     return [t.clone() for t in (*weight.tensors(), *([] if layer.bias is None else [layer.bias]))]
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes", "ours"])
+@pytest.mark.parametrize("kind", KBIT)
 @pytest.mark.parametrize("bias", [True, False])
-def test_unmerging_gives_a_4bit_base_back_byte_for_byte(kind, bias):
+def test_unmerging_gives_a_kbit_base_back_byte_for_byte(kind, bias):
     layer = lora(kind, bias=bias, lora_bias=bias)
     layer.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False))
     before = stored(layer)
@@ -327,12 +330,61 @@ def test_unmerging_gives_a_4bit_base_back_byte_for_byte(kind, bias):
     assert all(torch.equal(new, old) for new, old in zip(stored(layer), before, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes", "ours"])
-def test_a_broken_adapter_is_not_merged_into_4_bits(kind, untouched):
+@pytest.mark.parametrize("kind", KBIT)
+def test_merging_one_by_one_into_k_bits_is_merging_together(kind):
+    """The second merge starts from the exact weight, not from what the first one rounded it to."""
+    together = lora(kind, lora_bias=True)
+    together.update_layer("other", 3, 5, LoraConfig(init_lora_weights=False, lora_bias=True))
+    one_by_one = copy.deepcopy(together)
+    together.merge(adapter_names=["default", "other"])
+    one_by_one.merge(adapter_names=["default"])
+    one_by_one.merge(adapter_names=["other"])
+    assert one_by_one.merged_adapters == ["default", "other"]
+    for mine, other in zip(stored(one_by_one), stored(together), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", KBIT)
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_what_k_bits_cannot_hold_is_not_merged(kind, value, untouched):
+    """8-bit codes are taken from the weight in fp16, whose range ends at 65504."""
     layer = lora(kind)
-    layer.lora_B["default"].weight.data[3, 1] = float("nan")
+    layer.lora_B["default"].weight.data[3, 1] = value
+    if value == 1e6 and not kind.endswith("int8"):
+        layer.merge(safe_merge=True)
+        assert base_matrix(layer).abs().max() > 65504
+        return
     with untouched(layer), pytest.raises(ValueError, match="the adapter is broken; nothing was merged"):
         layer.merge()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_8bit_layer_beside_bitsandbytes_own_forward(training):
+    """The same in training mode. In eval mode bitsandbytes rounds the activations to 8 bits, and ours does not: it
+    stays with the exact product, from which bitsandbytes is about one hundredth of an output's size away."""
+    layer = lora("bitsandbytes-int8").train(training)
+    layer.enable_adapters(False)
+    x = torch.randn(64, K)
+    exact = nn.functional.linear(x, base_matrix(layer), layer.bias)
+    torch.testing.assert_close(layer(x), exact)
+    theirs = layer.base_layer(x)
+    difference = ((theirs - exact).norm() / exact.norm()).item()
+    assert difference < 1e-6 if training else 1e-3 < difference < 2e-2
+
+
+def test_a_layer_that_keeps_its_16_bits_is_called_and_merged_into():
+    """Linear8bitLt with has_fp16_weights quantises in every forward; in eval mode it reuses the codes of the last."""
+    layer, x = lora("bitsandbytes-fp16").eval(), torch.randn(8, K)
+    assert matmul_weight(layer.base_layer) is None
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    before = layer(x)
+    exact = expected(layer, x)
+    assert 1e-4 < (before - exact).norm() / exact.norm() < 2e-2
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight, base_matrix(layer))
+    assert (layer(x) - exact).norm() / exact.norm() < 2e-2
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -358,19 +410,3 @@ def test_backward_hooks_of_the_base_layer_run(register):
     getattr(layer.base_layer, register)(lambda *args: calls.append(args[0]))
     layer(torch.randn(2, K, requires_grad=True)).sum().backward()
     assert calls == [layer.base_layer]
-
-
-def test_a_called_4bit_layer_is_not_repacked_and_keeps_its_mode():
-    layer = lora("bitsandbytes").eval()
-    if not repacks_itself(layer.base_layer):
-        pytest.skip("bitsandbytes does not repack on this CPU")
-    modes, before = [], stored(layer)
-    layer.base_layer.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
-    with torch.no_grad():
-        layer(torch.randn(2, K))
-    assert (modes, layer.base_layer.training) == ([True], False)
-    assert all(torch.equal(new, old) for new, old in zip(stored(layer), before, strict=True))
-    x = torch.randn(2, K, requires_grad=True)
-    layer.enable_adapters(False)
-    layer.train()(x).sum().backward()
-    assert x.grad.abs().sum() > 0

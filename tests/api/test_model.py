@@ -3,19 +3,16 @@
 import copy
 import inspect
 import pickle
-import warnings
 
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 import peft_fast
-from peft_fast import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, prepare_model_for_kbit_training
+from peft_fast import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft_fast.quant import blockwise
 from peft_fast.quant.bitsandbytes import read_linear
 from peft_fast.quantized_linear import QuantizedLinear, quantize_linear_layers
-from peft_fast.tuners.base_weight import repacks_itself
 
 
 def adapted(model, **options):
@@ -189,53 +186,6 @@ def test_merging_a_4bit_model_writes_the_sum_back_in_4_bits(llama_4bit, trained,
     assert merged.train()(tokens).logits.isfinite().all()
 
 
-class TestPreparingForKbitTraining:
-    @pytest.mark.parametrize("build", ["ours", "bitsandbytes"])
-    def test_freezes_and_keeps_the_rest_in_float32(self, llama, llama_4bit, tokens, build):
-        base = quantize_linear_layers(llama(torch.bfloat16)) if build == "ours" else llama_4bit(torch.bfloat16)
-        model = prepare_model_for_kbit_training(base)
-        assert model is base
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, torch.uint8}
-        assert model.is_activation_checkpointing
-        model = adapted(model, target_modules="all-linear").train()
-        model(tokens, labels=tokens).loss.backward()
-        norms = [p.grad.norm() for n, p in model.named_parameters() if "lora_B" in n]
-        assert all(norm > 0 for norm in norms)
-
-    def test_storage_in_a_half_dtype_is_left_alone(self, llama_4bit):
-        model = llama_4bit(torch.bfloat16)
-        layer = model.model.layers[0].mlp.up_proj
-        layer.weight.data = layer.weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
-        prepare_model_for_kbit_training(model)
-        assert layer.weight.dtype == torch.bfloat16
-        assert model.model.norm.weight.dtype == torch.float32
-
-    def test_checkpointing_as_asked(self, llama_4bit, llama):
-        model = prepare_model_for_kbit_training(llama_4bit(), use_gradient_checkpointing=False)
-        assert not model.is_activation_checkpointing
-        options = {"use_reentrant": False}
-        model = prepare_model_for_kbit_training(llama_4bit(), gradient_checkpointing_kwargs=options)
-        assert model.model.layers[0]._gradient_checkpointing_func.keywords == options
-        assert not prepare_model_for_kbit_training(llama()).is_activation_checkpointing
-
-    def test_a_model_without_transformers_hooks(self):
-        class Own(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embedding, self.linear = nn.Embedding(4, 64), nn.Linear(64, 64)
-
-            def get_input_embeddings(self):
-                return self.embedding
-
-            def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-                self.options = gradient_checkpointing_kwargs
-
-        model = prepare_model_for_kbit_training(quantize_linear_layers(Own()))
-        assert model.embedding(torch.zeros(1, dtype=torch.long)).requires_grad
-        assert model.options is None
-
-
 def test_importing_the_library_is_cheap():
     import subprocess
     import sys
@@ -276,20 +226,3 @@ def test_unload_gives_a_merged_4bit_model_back_byte_for_byte(llama, llama_4bit, 
     after = model.unload().state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_evaluating_before_training_a_4bit_model_on_the_cpu(llama, llama_4bit, tokens):
-    """Layers without an adapter are bitsandbytes' own: on some CPUs evaluating takes their gradients away."""
-    base = llama_4bit()
-    if not repacks_itself(base.model.layers[0].mlp.up_proj):
-        pytest.skip("bitsandbytes does not repack on this CPU")
-    with pytest.warns(UserWarning, match=r"10 4-bit layers .*'all-linear'.*quantize_linear_layers"):
-        adapted(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = adapted(llama_4bit(), target_modules="all-linear", init_lora_weights=False).eval()
-        adapted(quantize_linear_layers(llama()))
-    with torch.no_grad():
-        model(tokens)
-    model.train()(tokens, labels=tokens).loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import call_layer, matmul_weight
+from peft_fast.tuners.base_weight import matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
 from .config import LoraConfig
@@ -41,7 +41,12 @@ class LoraLayer(BaseTunerLayer):
 
 
 class Linear(LoraLayer):
-    """LoRA around torch.nn.Linear, bitsandbytes' Linear4bit, or our QuantizedLinear."""
+    """LoRA around torch.nn.Linear, bitsandbytes' Linear4bit and Linear8bitLt, or our QuantizedLinear.
+
+    A k-bit weight is multiplied by in floating point, in training and in eval mode. bitsandbytes does so too, but for
+    Linear8bitLt in eval mode (on a GPU always): that rounds activations to 8 bits, row by row, and so differs by about
+    a hundredth of an output's size.
+    """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
@@ -98,7 +103,7 @@ class Linear(LoraLayer):
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else matmul_weight(self.base_layer)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
-            return self._add(call_layer(self.base_layer, x, *args, **kwargs), x, adapters)
+            return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
             return self._add(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.

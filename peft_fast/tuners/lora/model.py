@@ -30,7 +30,8 @@ class LoraModel(BaseTuner):
         if isinstance(target, BaseTunerLayer) or not (is_dense_linear(target) or quantized_weight(target) is not None):
             raise ValueError(
                 f"LoRA cannot adapt {path}, a {type(target).__name__}: it adapts torch.nn.Linear, bitsandbytes' "
-                "Linear4bit and peft_fast.QuantizedLinear so far. Name other target_modules or use exclude_modules"
+                "Linear4bit and Linear8bitLt, and peft_fast.QuantizedLinear so far. Name other target_modules or use "
+                "exclude_modules"
             )
         without_fan_in_fan_out(config)
         return Linear(target, adapter_name, config=config, r=r, lora_alpha=alpha)

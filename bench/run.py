@@ -10,10 +10,10 @@ import sys
 import torch
 from tqdm import tqdm
 
-from bench import bench_dequantize, bench_lora_linear
+from bench import bench_dequantize, bench_lora_linear, bench_qlora_step
 from bench.harness import RESULTS, ROUNDS, append, device_name, measure, table
 
-MODULES = (bench_dequantize, bench_lora_linear)
+MODULES = (bench_dequantize, bench_lora_linear, bench_qlora_step)
 
 
 def main() -> int:

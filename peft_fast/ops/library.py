@@ -19,6 +19,7 @@ from peft_fast.kernels import reference
 from peft_fast.quant.weight import Format, QuantizedWeight
 
 LIBRARY = torch.library.Library("peft_fast", "DEF")
+IMPLEMENTATIONS: dict[str, Callable] = {}  # by op name: for who wants to look inside an op (bench/counts.py)
 
 
 def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -41,6 +42,7 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
                     stack.enter_context(torch.cuda.device(device))
                 return implementation(*args)
 
+        IMPLEMENTATIONS[name] = run
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"peft_fast::{name}", fake, lib=LIBRARY)

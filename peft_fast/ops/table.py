@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
 
 def capability(device: torch.device) -> int:
-    """89 for sm_89; 0 for what is no NVIDIA GPU."""
+    """89 for sm_89; 0 for what is no NVIDIA GPU: there nothing beats dequantising."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -105,24 +105,29 @@ def dequantization(backend: Backend, device: torch.device, dtype: torch.dtype, f
     return Choice("dequantize", "bitsandbytes", because, "bitsandbytes")
 
 
-def why_not_fused(call: Call, backend: Backend, needs_dot: bool = True) -> str | None:
-    """The reason quant_matmul's kernels cannot take a call, or None. `needs_dot`: with tensor cores."""
+def why_not_fused(call: Call, backend: Backend, *, dx: bool = False) -> str | None:
+    """The reason our kernels cannot decode the weight inside the product x @ W.T, or with `dx` dy @ W; None if they
+    can."""
     if not call.fmt:
         return "the weight is dense"
     if backend == "torch":
         return "backend torch was asked for"
+    needs_dot = dx or call.tokens > GEMV_M
     if reason := cannot_run_triton(call.device, call.dtype, needs_dot, interpreter=backend == "triton"):
         return reason
-    from peft_fast.kernels import quant_matmul
+    from peft_fast.kernels import configs, quant_matmul
 
-    return quant_matmul.why_not(call.dtype, Format.parse(call.fmt))
+    fmt, cc = Format.parse(call.fmt), configs.capability(call.device)
+    if dx:
+        return quant_matmul.why_not_dx(fmt, call.dtype, cc)
+    return quant_matmul.why_not(fmt, call.dtype, cc, call.tokens)
 
 
 @functools.lru_cache(maxsize=4096)
 def product(call: Call, backend: Backend) -> Choice:
     """Who computes x @ W.T for a k-bit W: "fused", "bitsandbytes" or "dequantize"."""
     if call.tokens <= GEMV_M:
-        if why_not_fused(call, backend, needs_dot=False) is None:
+        if why_not_fused(call, backend) is None:
             return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {GEMV_M}", "triton")
         return _dequantize(call, backend)
     cc = capability(call.device)
@@ -145,7 +150,7 @@ def product_dx(call: Call, backend: Backend) -> Choice:
     """Who computes dy @ W for a k-bit W: "fused" or "dequantize"."""
     cc = capability(call.device)
     limit = FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[1]
-    if call.tokens <= limit and why_not_fused(call, backend) is None:
+    if call.tokens <= limit and why_not_fused(call, backend, dx=True) is None:
         return Choice("quant_matmul_dx", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
     return _dequantize(call, backend)
 
@@ -195,7 +200,7 @@ def _why_not_route(route: Route, call: Call, can: Choice) -> str | None:
         return "dropout is not a change of the weight" if call.p else None
     if can.backend == "torch":
         return None
-    return why_not_fused(call, "triton")
+    return why_not_fused(call, "triton") or why_not_fused(call, "triton", dx=True)
 
 
 def choose(call: Call, backend: str | None = None, route: str | None = None) -> Choice:

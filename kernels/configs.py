@@ -94,3 +94,24 @@ def dequantize_merge(itemsize: int, aligned: bool) -> dict:
     if itemsize == 4:
         return dict(BLOCK_N=64, BLOCK_K=64, BLOCK_R=16, num_warps=4, num_stages=1)
     return dict(BLOCK_N=64, BLOCK_K=128, BLOCK_R=16, num_warps=8, num_stages=1)
+
+
+def quant_matmul(device: torch.device, M: int, itemsize: int) -> dict:
+    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_R=16, num_warps=4, num_stages=3)
+
+
+def quant_matmul_dx(device: torch.device, M: int, itemsize: int) -> dict:
+    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, BLOCK_R=16, num_warps=4, num_stages=3)
+
+
+PROGRAMS = 256
+
+
+def split(length: int, block: int, tiles: int) -> tuple[int, int]:
+    steps = triton.cdiv(length, block)
+    per_split = triton.cdiv(steps, min(max(1, steps // 2), triton.cdiv(PROGRAMS, tiles)))
+    return triton.cdiv(steps, per_split), per_split
+
+
+def quant_gemv(M: int) -> dict:
+    return dict(BLOCK_M=triton.next_power_of_2(M), BLOCK_N=8, BLOCK_K=1024, BLOCK_R=16, num_warps=4)

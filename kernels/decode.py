@@ -49,6 +49,9 @@ _LOOK_UP = tl.constexpr(
 _CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,l")
 
 
+MAX_K = 1 << 24  # columns: a tile of 128 rows then spans no more than 2**31 elements
+
+
 def pointers(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
     """The six tensors that every k-bit kernel takes first: data, absmax, code, nested absmax, nested code, offset."""
     nested = weight.nested
@@ -63,12 +66,14 @@ def is_aligned(weight: QuantizedWeight) -> bool:
 
 
 def tile_constants(weight: QuantizedWeight, BLOCK_N: int, BLOCK_K: int) -> dict:
-    """What `tile` needs to know at compile time. UNIT: neighbours in a row that surely share a scale."""
+    """What `tile` needs to know at compile time. UNIT: neighbours in a row that surely share a scale; for int8, that
+    can be loaded at once."""
     N, K = weight.shape
     nested = weight.nested.blocksize if weight.nested else 0
     even = N % BLOCK_N == 0 and K % BLOCK_K == 0
     if weight.bits == 8:
-        return dict(G=0, NESTED_G=0, UNIT=BLOCK_K, ALIGNED=True, EVEN=even)
+        aligned = K % 8 == 0 and weight.data.data_ptr() % 8 == 0
+        return dict(G=0, NESTED_G=0, UNIT=8 if aligned else 1, ALIGNED=aligned, EVEN=even and aligned)
     unit = math.gcd(K, weight.blocksize, BLOCK_K)
     return dict(G=weight.blocksize, NESTED_G=nested, UNIT=unit, ALIGNED=is_aligned(weight), EVEN=even)
 
@@ -106,6 +111,15 @@ def look_up(words, code_ptr):
 
 
 @triton.jit
+def unpack_bytes(words):
+    """float32 [*words.shape, 2, 2, 2]: the eight signed bytes of each int64, in the order in memory."""
+    low, high = words.to(tl.int32), (words >> 32).to(tl.int32)
+    even = tl.join(tl.join(low << 24, high << 24), tl.join(low << 8, high << 8))
+    odd = tl.join(tl.join(low << 16, high << 16), tl.join(low, high))
+    return (tl.join(even, odd) >> 24).to(tl.float32)
+
+
+@triton.jit
 def load_scales(
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, group, inside, NESTED_G: tl.constexpr
 ):
@@ -130,32 +144,45 @@ def tile(
 
     G = 0: int8. UNIT and the rest: `tile_constants`. EVEN: the tile lies inside.
     """
-    n = n0 + tl.arange(0, BLOCK_N)[:, None]
-    row = n.to(tl.int64) * K  # [BLOCK_N, 1]; offsets within a row fit 32 bits
+    row = tl.arange(0, BLOCK_N)[:, None]  # within the tile
+    inside_n = None if EVEN else n0 + row < N
+    # 64 bits only for the tile's first element: within a tile 32 are enough (MAX_K), and half the registers.
+    first = tl.cast(n0, tl.int64) * K + k0
     if G == 0:
-        k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        codes = tl.load(data_ptr + row + k, mask=None if EVEN else (n < N) & (k < K), other=None if EVEN else 0)
-        scale = tl.load(absmax_ptr + n, mask=None if EVEN else n < N, other=None if EVEN else 0.0)
-        values = codes.to(tl.float32) * (scale * INT8_PER_CODE)
+        scale = tl.load(absmax_ptr + n0 + row, mask=inside_n, other=None if EVEN else 0.0) * INT8_PER_CODE
+        if UNIT == 8:
+            # Eight codes a load, as for 4 bits, whatever layout the consumer asks for.
+            k = tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)[None, :]
+            inside = None if EVEN else inside_n & (k0 + k * 8 < K)
+            data_ptr = data_ptr.to(tl.pointer_type(tl.int64)) + first // 8
+            codes = unpack_bytes(tl.load(data_ptr + (row * (K // 8) + k), mask=inside, other=None if EVEN else 0))
+        else:
+            k = tl.arange(0, BLOCK_K)[None, :]
+            codes = tl.load(data_ptr + first + (row * K + k), mask=inside_n & (k0 + k < K), other=0).to(tl.float32)
+        values = codes.reshape(BLOCK_N, BLOCK_K) * scale
     else:
-        unit = k0 + tl.arange(0, BLOCK_K // UNIT)[None, :] * UNIT
-        block = (row + unit) // G
-        inside = None if EVEN else (n < N) & (unit < K)
+        unit = tl.arange(0, BLOCK_K // UNIT)[None, :] * UNIT
+        block0 = first // G
+        block = (row * K + unit + (first % G).to(tl.int32)) // G
+        group = 0
+        if NESTED_G:
+            group = block0 // NESTED_G + ((block0 % NESTED_G).to(tl.int32) + block) // NESTED_G
         scale = load_scales(
-            absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-            block, block // NESTED_G if NESTED_G else 0, inside, NESTED_G,
+            absmax_ptr + block0, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+            block, group, None if EVEN else inside_n & (k0 + unit < K), NESTED_G,
         )  # fmt: skip
         if UNIT % 8 == 0:
-            # Contiguous by 1: a thread's words lie apart, so that its neighbours' stores of eight weights each are whole
-            # lines, as in dequantize.
-            k = k0 + tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)[None, :] * 8
-            end = tl.cast(N, tl.int64) * K // 2
-            words = load_words(data_ptr, row // 8 + k // 8, None if EVEN else (n < N) & (k < K), end, ALIGNED)
-            codes = look_up(words, code_ptr)
+            # Contiguous by 1: a thread's words lie apart, and the eight weights of each are what its neighbours continue
+            # when they are stored, as in dequantize.
+            k = tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)[None, :]
+            inside = None if EVEN else inside_n & (k0 + k * 8 < K)
+            end = (tl.cast(N, tl.int64) * K - first) // 2
+            codes = look_up(load_words(data_ptr + first // 2, row * (K // 8) + k, inside, end, ALIGNED), code_ptr)
         else:  # rows that begin within a word, or even within a byte
-            k = k0 + tl.arange(0, BLOCK_K)[None, :]
-            element = row + k
-            byte = tl.load(data_ptr + element // 2, mask=None if EVEN else (n < N) & (k < K), other=None if EVEN else 0)
+            k = tl.arange(0, BLOCK_K)[None, :]
+            element = row * K + k + (first % 2).to(tl.int32)
+            inside = None if EVEN else inside_n & (k0 + k < K)
+            byte = tl.load(data_ptr + first // 2 + element // 2, mask=inside, other=None if EVEN else 0)
             codes = tl.load(code_ptr + tl.where(element % 2 == 0, byte >> 4, byte & 15).to(tl.int32))
         values = (codes.reshape(BLOCK_N, BLOCK_K // UNIT, UNIT) * scale[:, :, None]).reshape(BLOCK_N, BLOCK_K)
     return values

@@ -12,10 +12,15 @@ Axes: M tokens, K in features, N out features, R rank. x is [M, K], W is [N, K],
     y  = x @ W.T + bias + scale * s @ B.T                    quant_matmul
     dx = dy @ W + c * mask * (ds @ A)                        quant_matmul_dx
 
+    h  = act(g) * u                                          glu                  fp32 inside, rounded once
+    dg = dh * u * act'(g)      du = dh * act(g)              glu_backward_        du over dh
+
 Products are taken in x's dtype, so fp32 A and B under a 16-bit x are rounded as autocast would round them, and x is
 never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this file is the truth that tests compare to.
 It imports torch only.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +31,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import dropout
 
+GLU_ELEMENTS = 1 << 18  # that glu widens to fp32 at a time: bounds its temporaries, and keeps them in a CPU's cache
 MERGE_ROWS = 256  # rows of the weight that dequantize_merge widens to fp32 at a time: bounds its temporaries
 
 
@@ -142,6 +148,55 @@ def lora_down_backward(
     if dx is not None:
         dx += torch.where(mask, _product(ds, A.to(ds.dtype), c), 0)
     return _product(ds.t(), torch.where(mask, x, 0), c).to(A.dtype) if needs_dA else None
+
+
+def _activation(g: Tensor, activation: str) -> Tensor:
+    return F.silu(g) if activation == "silu" else F.gelu(g, approximate=_APPROXIMATION[activation])
+
+
+def _activation_backward(d_act: Tensor, g: Tensor, activation: str) -> Tensor:
+    """d_act * act'(g)"""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(d_act, g)
+    return torch.ops.aten.gelu_backward(d_act, g, approximate=_APPROXIMATION[activation])
+
+
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def _slabs(t: Tensor) -> Iterator[slice]:
+    """Rows of t [M, F], about GLU_ELEMENTS at a time."""
+    M, step = t.shape[0], max(1, GLU_ELEMENTS // max(1, t.shape[1]))
+    return (slice(start, start + step) for start in range(0, M, step))
+
+
+def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """h [M, F] = act(g) * u in g's dtype; into `out` if given, which may be g or u.
+
+    activation: "silu", "gelu" (by erf) or "gelu_tanh".
+    """
+    wide = torch.promote_types(g.dtype, torch.float32)
+    h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
+    for rows in _slabs(g):
+        h[rows] = _activation(g[rows].to(wide), activation).mul_(u[rows].to(wide))
+    return h
+
+
+def glu_backward_(
+    dh: Tensor, g: Tensor, u: Tensor, activation: str, needs_h: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dg, du, h): du is written over dh, dg [M, F] into `out` if given, which may be g; h is None unless needed."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
+    h = torch.empty_like(dg) if needs_h else None
+    for rows in _slabs(g):
+        wide_g, wide_u, wide_dh = (t[rows].to(wide) for t in (g, u, dh))
+        act = _activation(wide_g, activation)
+        if h is not None:
+            h[rows] = act * wide_u
+        dg[rows] = _activation_backward(wide_dh * wide_u, wide_g, activation)
+        dh[rows] = act.mul_(wide_dh)
+    return dg, dh, h
 
 
 def lora_linear(

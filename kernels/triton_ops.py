@@ -2,12 +2,15 @@
 
 from .dequantize import dequantize
 from .dequantize_merge import dequantize_merge
+from .glu import glu, glu_backward_
 from .lora_down import lora_down, lora_down_backward
 from .lora_up_add import lora_up_add_, lora_up_backward
 
 __all__ = [
     "dequantize",
     "dequantize_merge",
+    "glu",
+    "glu_backward_",
     "lora_down",
     "lora_down_backward",
     "lora_up_add_",

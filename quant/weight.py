@@ -44,6 +44,11 @@ class Format(NamedTuple):
     def bits(self) -> int:
         return 8 if self.quant_type == INT8 else 4
 
+    @property
+    def tensors(self) -> int:
+        """How many tensors a weight of this format has."""
+        return 2 if self.bits == 8 else 6 if self.nested_blocksize else 3
+
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.quant_type},{self.N},{self.K},{self.blocksize},{name},{self.nested_blocksize}"

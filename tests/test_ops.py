@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from peft_fast import ops
 from peft_fast.dispatch import use_route
 from peft_fast.kernels import dropout, reference
-from peft_fast.quant import blockwise
+from peft_fast.quant import blockwise, int8
 from peft_fast.testing import assert_as_accurate_as_torch
 
 from .lora_cases import LoraCase, autograd_truth, check_against_fp64, make_case
@@ -77,6 +77,19 @@ def test_merging_rounds_once():
     assert torch.equal(plain, ops.dequantize(weight, torch.bfloat16))
     assert 0.8 < slope(merged, plain) < 1.2
     assert slope(rounded_first, W.bfloat16()) < 0.3
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_several_weights_are_dequantised_below_each_other(backend):
+    formats = [(blockwise.quantize, ("nf4", 64, True)), (blockwise.quantize, ("fp4", 32, False)), (int8.quantize, ())]
+    weights = [quantize(torch.randn(N, 96), *args) for N, (quantize, args) in zip((5, 64, 33), formats)]
+    stacked = ops.dequantize(weights, torch.bfloat16, backend=backend)
+    assert torch.equal(stacked, torch.cat([reference.dequantize(w, torch.bfloat16) for w in weights]))
+    fmts = ";".join(str(w.format) for w in weights)
+    tensors = [t for w in weights for t in w.tensors()]
+    torch.library.opcheck(torch.ops.peft_fast.dequantize.default, (tensors, fmts, torch.float32, backend))
+    with pytest.raises(ValueError, match=r"weights must have one K and one device, got \[\(\(5, 96\)"):
+        ops.dequantize([weights[0], int8.quantize(torch.randn(3, 64))])
 
 
 def test_row_norms_of_a_merged_weight():

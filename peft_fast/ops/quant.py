@@ -1,5 +1,6 @@
 """dequantize and quant_matmul: k-bit weights as matrices, and as the frozen factor of a product."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,27 +15,47 @@ from .checks import check_bias, check_device
 from .library import autocast, define, flatten, resolve, unflatten
 
 
-def _dequantize_fake(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: str) -> Tensor:
-    form = Format.parse(fmt)
-    return weight[0].new_empty((form.N, form.K), dtype=dtype)
+def _dequantize_fake(weights: list[Tensor], fmts: str, dtype: torch.dtype, backend: str) -> Tensor:
+    forms = [Format.parse(fmt) for fmt in fmts.split(";")]
+    return weights[0].new_empty((sum(form.N for form in forms), forms[0].K), dtype=dtype)
 
 
-@define("dequantize(Tensor[] weight, str fmt, ScalarType dtype, str backend) -> Tensor", _dequantize_fake)
-def _dequantize(weight: list[Tensor], fmt: str, dtype: torch.dtype, backend: Backend) -> Tensor:
-    return routes.dequantize(unflatten(weight, fmt), dtype, backend)
+@define("dequantize(Tensor[] weights, str fmts, ScalarType dtype, str backend) -> Tensor", _dequantize_fake)
+def _dequantize(weights: list[Tensor], fmts: str, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """Several weights below each other; `weights` has the tensors of all, `fmts` their formats, divided by ;"""
+    if ";" not in fmts:
+        return routes.dequantize(unflatten(weights, fmts), dtype, backend)
+    out, row, first = _dequantize_fake(weights, fmts, dtype, backend), 0, 0
+    for fmt in fmts.split(";"):
+        form = Format.parse(fmt)
+        tensors = weights[first : first + form.tensors]
+        routes.dequantize(unflatten(tensors, fmt), dtype, backend, out[row : row + form.N])
+        row, first = row + form.N, first + form.tensors
+    return out
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
+def dequantize(
+    weight: QuantizedWeight | Sequence[QuantizedWeight],
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """The weight [N, K] in `dtype` (default: the weight's own): fp32 code * scale, rounded once.
+
+    Of several weights with the same K (siblings that share x), all rows in one matrix [sum of N, K], written in place.
 
     Bit for bit the same on every backend, and the same as bitsandbytes' `dequantize_4bit` wherever that is right
     (its CPU code is wrong where the block size does not divide K). Not differentiable. Raises TypeError for a dtype
-    that is not float32, float16 or bfloat16.
+    that is not float32, float16 or bfloat16, ValueError for weights that do not fit under each other.
     """
-    dtype = dtype or weight.dtype
+    weights = [weight] if isinstance(weight, QuantizedWeight) else list(weight)
+    if len({(w.shape[1], w.device) for w in weights}) != 1:
+        raise ValueError(f"weights must have one K and one device, got {[(w.shape, str(w.device)) for w in weights]}")
+    dtype = dtype or weights[0].dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype}: dequantise to float32 and convert the result")
-    return _dequantize(*flatten(weight), dtype, resolve(backend))
+    tensors = [tensor for w in weights for tensor in w.tensors()]
+    return _dequantize(tensors, ";".join(str(w.format) for w in weights), dtype, resolve(backend))
 
 
 def _quant_matmul_fake(x: Tensor, weight: list[Tensor], fmt: str, bias: Tensor | None, backend: str) -> Tensor:

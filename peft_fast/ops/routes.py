@@ -70,14 +70,24 @@ def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, ba
     return F.linear(x, materialize(weight, x.dtype, backend), bias)
 
 
-def product_dx(dy: Tensor, weight: Tensor | QuantizedWeight, backend: Backend) -> Tensor:
-    """dx [M, K] = dy [M, N] @ W, by whoever table.product_dx names."""
+def product_dx(
+    dy: Tensor, weight: Tensor | QuantizedWeight, backend: Backend, added_to: Tensor | None = None
+) -> Tensor:
+    """dx [M, K] = dy [M, N] @ W, by whoever table.product_dx names; `added_to`, in place, if given."""
     if isinstance(weight, QuantizedWeight):
         call = table.Call(dy.device, dy.dtype, dy.shape[0], *weight.shape, fmt=str(weight.format))
         choice = table.product_dx(call, backend)
         if choice.route == "fused":
-            return implementation(choice).quant_matmul_dx(dy, weight)
-    return dy @ materialize(weight, dy.dtype, backend)
+            return _sum(implementation(choice).quant_matmul_dx(dy, weight), added_to)
+    return _product(dy, materialize(weight, dy.dtype, backend), added_to)
+
+
+def _product(dy: Tensor, W: Tensor, added_to: Tensor | None) -> Tensor:
+    return dy @ W if added_to is None else added_to.addmm_(dy, W)
+
+
+def _sum(dx: Tensor, added_to: Tensor | None) -> Tensor:
+    return dx if added_to is None else added_to.add_(dx)
 
 
 def forward(x: Tensor, bias: Tensor | None, lora: Lora, training: bool) -> tuple[Tensor, Tensor]:
@@ -97,33 +107,77 @@ def forward(x: Tensor, bias: Tensor | None, lora: Lora, training: bool) -> tuple
 
 
 def backward(
-    dy: Tensor, x: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool], dx: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx [M, K], dA [R, K], dB [N, R]), each None where `needs` = (x, A, B) does not ask for it."""
+    """(dx [M, K], dA [R, K], dB [N, R]), each None where `needs` = (x, A, B) does not ask for it.
+
+    `dx`: another layer's gradient of the same x, which this one is added to, in place.
+    """
     choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
-    run, W, (needs_dx, needs_dA, needs_dB) = implementation(choice), lora.weight, needs
-    dx: Tensor | None = None
+    run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
     if choice.route == "merge":
-        if needs_dB:
-            s = run.lora_down(x, lora.A)
-        ds, dB = _up(run, dy, s, lora, needs_dA, needs_dB)
-        if needs_dx:
-            assert isinstance(W, QuantizedWeight)
-            dx = dy @ run.dequantize_merge(W, lora.A, lora.B, lora.scale, dy.dtype)[0]
-        return dx, run.lora_down_backward(ds, x, lora.A) if needs_dA else None, dB
+        dx = _merged_dx(run, dy, lora, dx) if needs_dx else None
+        return dx, *backward_from_x(dy, x, None, None, lora, (needs_dA, needs_dB))
     ds, dB = _up(run, dy, s, lora, needs_dx or needs_dA, needs_dB)
-    added_to = None
     if needs_dx and choice.route == "fused":
-        dx = run.quant_matmul_dx(dy, W, ds, lora.A, lora.p, lora.key)
-    elif needs_dx:
-        dx = added_to = product_dx(dy, W, lora.backend)
+        dx = _sum(run.quant_matmul_dx(dy, lora.weight, ds, lora.A, lora.p, lora.key), dx)
+        return dx, *backward_from_x(dy, x, ds, dB, lora, (needs_dA, needs_dB))
+    dx = product_dx(dy, lora.weight, lora.backend, dx) if needs_dx else None
     dA = None
-    if needs_dA or added_to is not None:
-        dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key, added_to, needs_dA)
+    if needs_dA or needs_dx:  # one pass over x gives dA and adds LoRA's part to dx
+        dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key, dx, needs_dA)
     return dx, dA, dB
 
 
-def _up(run, dy: Tensor, s: Tensor, lora: Lora, needs_ds: bool, needs_dB: bool) -> tuple[Tensor | None, Tensor | None]:
+def backward_to_x(
+    dy: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, ds, dB): the first half of `backward`, for an x that can be had again only with dx (as in mlp.py).
+
+    ds and dB may be None although they are needed: backward_from_x then computes them.
+    """
+    choice = table.linear_backward(lora.call(dy, training=True), lora.backend, lora.route)
+    run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
+    if choice.route == "merge":
+        return _merged_dx(run, dy, lora) if needs_dx else None, None, None
+    ds, dB = _up(run, dy, s, lora, needs_dx or needs_dA, needs_dB)
+    if not needs_dx:
+        return None, ds, dB
+    if choice.route == "fused":
+        return run.quant_matmul_dx(dy, lora.weight, ds, lora.A, lora.p, lora.key), ds, dB
+    dx = product_dx(dy, lora.weight, lora.backend)
+    run.lora_down_backward(ds, dx, lora.A, lora.p, lora.key, dx, needs_dA=False)
+    return dx, ds, dB
+
+
+def backward_from_x(
+    dy: Tensor, x: Tensor, ds: Tensor | None, dB: Tensor | None, lora: Lora, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA, dB), None where `needs` does not ask for it: the second half."""
+    choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
+    run, (needs_dA, needs_dB) = implementation(choice), needs
+    if choice.route == "merge":
+        s = run.lora_down(x, lora.A) if needs_dB else None
+        ds, dB = _up(run, dy, s, lora, needs_dA, needs_dB)
+    dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key) if needs_dA else None
+    return dA, dB
+
+
+def down_again(x: Tensor, lora: Lora) -> Tensor:
+    """s [M, R] as `forward` gives it to `backward`; merging needs none."""
+    choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
+    if choice.route == "merge":
+        return x.new_empty(x.shape[0], lora.A.shape[0])
+    return implementation(choice).lora_down(x, lora.A, lora.p, lora.key)
+
+
+def _merged_dx(run, dy: Tensor, lora: Lora, added_to: Tensor | None = None) -> Tensor:
+    assert isinstance(lora.weight, QuantizedWeight)
+    merged, _ = run.dequantize_merge(lora.weight, lora.A, lora.B, lora.scale, dy.dtype)
+    return _product(dy, merged, added_to)
+
+
+def _up(run, dy: Tensor, s: Tensor | None, lora: Lora, needs_ds: bool, needs_dB: bool) -> tuple[Tensor | None, Tensor | None]:
     if not (needs_ds or needs_dB):
         return None, None
     return run.lora_up_backward(dy, s, lora.B, lora.scale, needs_ds, needs_dB)

@@ -1,0 +1,88 @@
+"""Up to how many tokens decoding a 4-bit weight inside the product beats writing it out: the table for this card.
+
+    python -m bench.crossover [--shapes 4096x4096,14336x4096] [--rounds 21]
+
+For each weight [N, K] and number of tokens M, forward and dx: our fused kernel, bitsandbytes' fused kernel (forward),
+and dequantise + cuBLAS. Rows are appended to bench/results/crossover.csv; the summary is what ops/table.py wants to
+know.
+Needs a GPU: on a CPU nothing is ever fused.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes  # noqa: F401 - a provider
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from bench.harness import RESULTS, ROUNDS, Case, Row, append, device_name, measure, table
+from peft_fast.kernels import reference
+from peft_fast.quant import bitsandbytes_kernels, blockwise
+from peft_fast.testing import relative_error
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+CSV = RESULTS / "crossover.csv"
+
+
+def case(N: int, K: int, M: int, dtype: torch.dtype, device: torch.device, dx: bool) -> Case:
+    from peft_fast.kernels import triton_ops
+
+    weight = blockwise.quantize(torch.randn(N, K, device=device, dtype=dtype) * 0.02)
+    x = torch.randn(M, N if dx else K, device=device, dtype=dtype)
+    providers: dict[str, Callable[[], torch.Tensor]] = {}
+    if dx:
+        providers["dequantize"] = lambda: x @ triton_ops.dequantize(weight, dtype)
+        providers["fused"] = lambda: triton_ops.quant_matmul_dx(x, weight)
+    else:
+        providers["dequantize"] = lambda: F.linear(x, triton_ops.dequantize(weight, dtype))
+        providers["fused"] = lambda: triton_ops.quant_matmul(x, weight)
+        if bitsandbytes_kernels.why_not_matmul(weight.format, device, dtype) is None:
+            providers["bitsandbytes"] = lambda: bitsandbytes_kernels.matmul(x, weight, None)
+
+    def gate() -> None:
+        W = reference.dequantize(weight, torch.float32).double()
+        truth = x.double() @ (W if dx else W.t())
+        for name, run in providers.items():
+            assert relative_error(run().double(), truth) < 4 * torch.finfo(dtype).eps, name
+
+    return Case("quant_matmul_dx" if dx else "quant_matmul", f"{N}x{K} M={M}", dtype, "forward", providers, gate)
+
+
+def crossovers(rows: list[Row]) -> list[str]:
+    """For each op and weight, the largest number of tokens at which a fused provider is faster than dequantising."""
+    found = []
+    for key in dict.fromkeys((row.op, row.shape.split()[0]) for row in rows):
+        mine = [row for row in rows if (row.op, row.shape.split()[0]) == key]
+        for provider in dict.fromkeys(row.provider for row in mine if not row.provider.startswith("dequantize")):
+            wins = [int(r.shape.split("=")[1]) for r in mine if r.provider == provider and r.speedup > 1]
+            found.append(f"{key[0]} {key[1]}: {provider} wins up to M = {max(wins, default=0)}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x4096,1024x4096,14336x4096,4096x14336", help="N x K, comma separated")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("the crossover is a property of a GPU, and there is none here", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    rows: list[Row] = []
+    for N, K in tqdm(shapes, unit="shape"):
+        for M in TOKENS:
+            for dx in (False, True):
+                rows += measure(case(N, K, M, torch.bfloat16, device, dx), device, options.rounds)
+    print(device_name(device))
+    print(table(rows))
+    print("\n".join(crossovers(rows)))
+    append(rows, Path(CSV))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

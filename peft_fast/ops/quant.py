@@ -24,12 +24,12 @@ def _dequantize_fake(weights: list[Tensor], fmts: str, dtype: torch.dtype, backe
 def _dequantize(weights: list[Tensor], fmts: str, dtype: torch.dtype, backend: Backend) -> Tensor:
     """Several weights below each other; `weights` has the tensors of all, `fmts` their formats, divided by ;"""
     if ";" not in fmts:
-        return routes.dequantize(unflatten(weights, fmts), dtype, backend)
+        return routes.dequantize(QuantizedWeight.from_tensors(weights, Format.parse(fmts)), dtype, backend)
     out, row, first = _dequantize_fake(weights, fmts, dtype, backend), 0, 0
     for fmt in fmts.split(";"):
         form = Format.parse(fmt)
-        tensors = weights[first : first + form.tensors]
-        routes.dequantize(unflatten(tensors, fmt), dtype, backend, out[row : row + form.N])
+        weight = QuantizedWeight.from_tensors(weights[first : first + form.tensors], form)
+        routes.dequantize(weight, dtype, backend, out[row : row + form.N])
         row, first = row + form.N, first + form.tensors
     return out
 

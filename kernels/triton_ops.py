@@ -5,6 +5,7 @@ from .dequantize_merge import dequantize_merge
 from .glu import glu, glu_backward_
 from .lora_down import lora_down, lora_down_backward
 from .lora_up_add import lora_up_add_, lora_up_backward
+from .quant_matmul import quant_matmul, quant_matmul_dx
 
 __all__ = [
     "dequantize",
@@ -15,4 +16,6 @@ __all__ = [
     "lora_down_backward",
     "lora_up_add_",
     "lora_up_backward",
+    "quant_matmul",
+    "quant_matmul_dx",
 ]

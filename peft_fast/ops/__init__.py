@@ -3,6 +3,7 @@ plain torch. Layers call these and never ask about devices.
 
     function        its autograd     what it runs
     lora_linear     linear.py        one of the routes of routes.py, picked by table.py
+    lora_mlp        mlp.py           three of these and kernels/glu.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
@@ -13,15 +14,18 @@ from peft_fast.kernels.dropout import new_key as new_dropout_key
 
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
+from .mlp import Projection, lora_mlp
 from .quant import dequantize, quant_matmul
 from .table import Call, choose
 
 __all__ = [
     "Call",
+    "Projection",
     "choose",
     "dequantize",
     "lora_down",
     "lora_linear",
+    "lora_mlp",
     "lora_up_add",
     "new_dropout_key",
     "quant_matmul",

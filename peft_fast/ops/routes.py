@@ -157,7 +157,7 @@ def backward_from_x(
     choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
     run, (needs_dA, needs_dB) = implementation(choice), needs
     if choice.route == "merge":
-        s = run.lora_down(x, lora.A) if needs_dB else None
+        s = run.lora_down(x, lora.A) if needs_dB else x.new_empty(x.shape[0], lora.A.shape[0])
         ds, dB = _up(run, dy, s, lora, needs_dA, needs_dB)
     dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key) if needs_dA else None
     return dA, dB
@@ -177,7 +177,7 @@ def _merged_dx(run, dy: Tensor, lora: Lora, added_to: Tensor | None = None) -> T
     return _product(dy, merged, added_to)
 
 
-def _up(run, dy: Tensor, s: Tensor | None, lora: Lora, needs_ds: bool, needs_dB: bool) -> tuple[Tensor | None, Tensor | None]:
+def _up(run, dy: Tensor, s: Tensor, lora: Lora, needs_ds: bool, needs_dB: bool) -> tuple[Tensor | None, Tensor | None]:
     if not (needs_ds or needs_dB):
         return None, None
     return run.lora_up_backward(dy, s, lora.B, lora.scale, needs_ds, needs_dB)

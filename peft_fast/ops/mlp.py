@@ -1,0 +1,380 @@
+"""lora_mlp: a gated MLP of three frozen linear layers, each with or without a LoRA adapter, as one function.
+
+    y = down(h)     h = act(g) * u     g = gate(x)     u = up(x)
+
+Kept for backward: x as it came, g and u [M, F], the adapters' s [M, R], dropout keys; or, with `recompute`, x and the
+keys alone. Neither act(g) nor h is: the backward needs h for down's dA only, and glu_backward_ gives it on its way. dx
+of gate and up is one buffer. Each layer takes the route that it would take alone (table.py, routes.py).
+
+g and u stay in the dtype of the products, h is computed from them in fp32 and rounded once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_fast.dispatch import Backend, Op, Route
+from peft_fast.quant.weight import QuantizedWeight
+
+from . import routes
+from .checks import check_bias, check_device, check_dropout
+from .library import define, flatten, implementation, product_dtype, resolve, resolve_route, unflatten, weight_shape
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def _why_not_glu(dtype: torch.dtype) -> str | None:
+    from peft_fast.kernels import glu
+
+    return glu.why_not(dtype)
+
+
+GLU = Op("glu", "triton", _why_not_glu, needs_dot=False)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer [N, K] and its adapter, A [R, K] and B [N, R], as lora_linear takes them; no A, no B: no adapter."""
+
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    dropout_key: Tensor | None = None
+
+    def tensors(self) -> tuple[list[Tensor | None], str]:
+        """What an op is given of it: these tensors and the weight's format."""
+        weight, fmt = flatten(self.weight)
+        return [self.A, self.B, self.bias, self.dropout_key if self.dropout_p else None, *weight], fmt
+
+
+LEADING = 4  # A, B, bias, key come before the weight's tensors
+GRADIENTS = 3  # of each projection: A, B, bias
+
+
+class _Layer:
+    """A projection inside the op: its half of the forward and of the backward, whether it has an adapter or not."""
+
+    def __init__(
+        self, tensors: list[Tensor | None], fmt: str, scale: float, p: float, backend: Backend, route: Route
+    ) -> None:
+        A, B, self.bias, key, *weight = tensors
+        self.weight = unflatten(weight, fmt)  # type: ignore[arg-type]
+        self.backend: Backend = backend
+        self.lora: routes.Lora | None = None
+        if A is not None and B is not None:
+            self.lora = routes.Lora(self.weight, A, B, scale, p, key, backend, route)
+
+    def forward(self, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """(y [M, N], s [M, R]); R is 0 without an adapter."""
+        if self.lora is None:
+            return routes.product(x, self.weight, self.bias, self.backend), x.new_empty(x.shape[0], 0)
+        return routes.forward(x, self.bias, self.lora, training)
+
+    def down_again(self, x: Tensor) -> Tensor:
+        """The s that `forward` gave."""
+        return x.new_empty(x.shape[0], 0) if self.lora is None else routes.down_again(x, self.lora)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, s: Tensor, needs: Sequence[bool], dx: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(dx, [dA, dB, dbias]) for `needs` = (x, A, B, bias); added to the `dx` that is given."""
+        dA = dB = None
+        if self.lora is not None:
+            dx, dA, dB = routes.backward(dy, x, s, self.lora, (needs[0], needs[1], needs[2]), dx)
+        elif needs[0]:
+            dx = routes.product_dx(dy, self.weight, self.backend, dx)
+        return dx, [dA, dB, self.dbias(dy, needs[3])]
+
+    def backward_to_x(
+        self, dy: Tensor, s: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, ds, dB); see routes.backward_to_x."""
+        if self.lora is not None:
+            return routes.backward_to_x(dy, s, self.lora, (needs[0], needs[1], needs[2]))
+        return routes.product_dx(dy, self.weight, self.backend) if needs[0] else None, None, None
+
+    def dbias(self, dy: Tensor, needed: bool) -> Tensor | None:
+        return dy.sum(0).to(self.bias.dtype) if needed and self.bias is not None else None
+
+
+def _layers(
+    projections: Sequence[list[Tensor | None]],
+    fmts: list[str],
+    scales: list[float],
+    ps: list[float],
+    backend: Backend,
+    route: Route,
+) -> list[_Layer]:
+    return [_Layer(*settings, backend, route) for settings in zip(projections, fmts, scales, ps)]
+
+
+def _rank(projection: list[Tensor | None]) -> int:
+    A = projection[0]
+    return 0 if A is None else A.shape[0]
+
+
+def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, backend, route):
+    M, kept = x.shape[0], training and not recompute
+    (F, _), (N, _) = weight_shape(gate[LEADING:], fmts[0]), weight_shape(down[LEADING:], fmts[2])
+    inner = [x.new_empty((M, F) if kept else (0,), dtype=dtype) for _ in range(2)]
+    s = [x.new_empty((M, _rank(p)) if kept else (0,), dtype=dtype) for p in (gate, up, down)]
+    return x.new_empty((M, N), dtype=dtype), *inner, *s
+
+
+@define(
+    "lora_mlp(Tensor x, Tensor?[] gate, Tensor?[] up, Tensor?[] down, str[] fmts, float[] scales, float[] ps, "
+    "str activation, ScalarType dtype, bool training, bool recompute, str backend, str route) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(
+    x: Tensor,
+    gate: list[Tensor | None],
+    up: list[Tensor | None],
+    down: list[Tensor | None],
+    fmts: list[str],
+    scales: list[float],
+    ps: list[float],
+    activation: str,
+    dtype: torch.dtype,
+    training: bool,
+    recompute: bool,
+    backend: Backend,
+    route: Route,
+) -> tuple[Tensor, ...]:
+    """(y [M, N], g [M, F], u [M, F], s of gate, up and down) in `dtype`; all but y empty where they are not kept."""
+    x = x.to(dtype)
+    run = implementation(GLU.choose(backend, x.device, dtype))
+    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, backend, route)
+    (g, s_gate), (u, s_up) = gate_layer.forward(x, training), up_layer.forward(x, training)
+    kept = training and not recompute
+    h = run.glu(g, u, activation, out=None if kept else g)
+    y, s_down = down_layer.forward(h, training)
+    return y, *(t if kept else t.new_empty(0) for t in (g, u, s_gate, s_up, s_down))
+
+
+def _backward_fake(dy, x, g, u, s, gate, up, down, fmts, scales, ps, activation, needs, recompute, backend, route):
+    inputs = [x, *gate[:GRADIENTS], *up[:GRADIENTS], *down[:GRADIENTS]]
+    return [x.new_empty(0) if not need else t.new_empty(t.shape) for t, need in zip(inputs, needs)]
+
+
+@define(
+    "lora_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor[] s, Tensor?[] gate, Tensor?[] up, "
+    "Tensor?[] down, str[] fmts, float[] scales, float[] ps, str activation, bool[] needs, bool recompute, "
+    "str backend, str route) -> Tensor[]",
+    _backward_fake,
+)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    u: Tensor,
+    s: list[Tensor],
+    gate: list[Tensor | None],
+    up: list[Tensor | None],
+    down: list[Tensor | None],
+    fmts: list[str],
+    scales: list[float],
+    ps: list[float],
+    activation: str,
+    needs: list[bool],
+    recompute: bool,
+    backend: Backend,
+    route: Route,
+) -> list[Tensor]:
+    """The gradients of x and of A, B, bias of gate, up and down: empty tensors for those that `needs` does not ask for.
+
+    Products are taken in dy's dtype, which is the forward's. What was saved is not written over: a graph that is kept
+    can be run again.
+    """
+    z = x.to(dy.dtype)
+    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, backend, route)
+    s_gate, s_up, s_down = s
+    h: Tensor | None = None
+    if recompute:
+        (g, s_gate), (u, s_up) = gate_layer.forward(z, True), up_layer.forward(z, True)
+        h_again: Tensor = implementation(GLU.choose(backend, g.device, g.dtype)).glu(g, u, activation)
+        h, s_down = h_again, down_layer.down_again(h_again)
+    dx: Tensor | None = None
+    of_gate: list[Tensor | None] = [None] * GRADIENTS
+    of_up: list[Tensor | None] = [None] * GRADIENTS
+    dg, du, of_down = _through_down(dy, g, u, h, s_down, down_layer, activation, needs, backend)
+    if dg is not None and du is not None:
+        dx, of_gate = gate_layer.backward(dg, z, s_gate, [needs[0], *needs[1:4]])
+        dx, of_up = up_layer.backward(du, z, s_up, [needs[0], *needs[4:7]], dx)
+    grads = [None if dx is None else dx.to(x.dtype), *of_gate, *of_up, *of_down]
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _through_down(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    h: Tensor | None,
+    s: Tensor,
+    down: _Layer,
+    activation: str,
+    needs: list[bool],
+    backend: Backend,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
+    run = implementation(GLU.choose(backend, g.device, g.dtype))
+    needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
+    lacks_h = (needs_dA or needs_dB) and h is None
+    dg = du = dA = None
+    dh, ds, dB = down.backward_to_x(dy, s, [needs_dh, needs_dA, needs_dB])
+    if dh is not None:
+        own_g = None if h is None else g
+        dg, du, again = run.glu_backward_(dh, g, u, activation, needs_h=lacks_h, out=own_g)
+        h = again if lacks_h else h
+    elif lacks_h:
+        h = run.glu(g, u, activation)
+    if (needs_dA or needs_dB) and h is not None and down.lora is not None:
+        dA, dB = routes.backward_from_x(dy, h, ds, dB, down.lora, (needs_dA, needs_dB))
+    return dg, du, [dA, dB, down.dbias(dy, needs_dbias)]
+
+
+class _LoraMLP(torch.autograd.Function):
+    """`settings`: the op's arguments that are no tensors, and how many tensors each projection has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> Tensor:
+        fmts, scales, ps, activation, dtype, training, recompute, backend, route, counts = settings
+        gate, up, down = _restored(_split(tensors, counts))
+        y, *kept = _forward(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, backend, route)
+        ctx.save_for_backward(x, *(kept if training and not recompute else [None] * len(kept)), *tensors)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        fmts, scales, ps, activation, _, _, recompute, backend, route, counts = ctx.settings
+        x, g, u, s_gate, s_up, s_down, *tensors = ctx.saved_tensors
+        if recompute:
+            g = u = s_gate = s_up = s_down = x.new_empty(0)
+        projections = _restored(_split(tensors, counts))
+        needs_input = _split(ctx.needs_input_grad[2:], counts)
+        needs = [ctx.needs_input_grad[0], *(need for needed in needs_input for need in needed[:GRADIENTS])]
+        grads: list[Tensor | None] = [None] * len(needs)
+        if any(needs):
+            out = _backward(
+                dy, x, g, u, [s_gate, s_up, s_down], *projections, fmts, scales, ps, activation, needs, recompute,
+                backend, route,
+            )  # fmt: skip
+            grads = [grad if need else None for grad, need in zip(out, needs)]
+        of_tensors: list[Tensor | None] = []
+        for i, count in enumerate(counts):
+            first = 1 + i * GRADIENTS
+            of_tensors += [*grads[first : first + GRADIENTS], *[None] * (count - GRADIENTS)]
+        return grads[0], None, *of_tensors
+
+
+def _split(items: Sequence, counts: Sequence[int]) -> list[list]:
+    """items, cut into lists of these lengths"""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [list(items[end - count : end]) for end, count in zip(ends, counts)]
+
+
+def _without_repetitions(parts: list[list[Tensor | None]]) -> list[Tensor | None]:
+    """All tensors, with None for those of a k-bit weight that the projection before it has too, as codebooks are:
+    torch.compile takes a tensor only once."""
+    before: list[list[Tensor | None]] = [[], *parts[:-1]]
+    return [
+        None if LEADING <= i < len(earlier) and tensor is earlier[i] else tensor
+        for part, earlier in zip(parts, before)
+        for i, tensor in enumerate(part)
+    ]
+
+
+def _restored(parts: list[list]) -> list[list]:
+    for part, earlier in zip(parts[1:], parts):
+        part[LEADING:] = [earlier[i] if part[i] is None else part[i] for i in range(LEADING, len(part))]
+    return parts
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str,
+    *,
+    dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+    route: str | None = None,
+) -> Tensor:
+    """y [..., N] = down(act(gate(x)) * up(x)) for x [..., K]; gate and up are [F, K], down is [N, F].
+
+    activation  "silu" (SwiGLU), "gelu" (by erf) or "gelu_tanh" (GeGLU; arXiv 2002.05202)
+    dtype       of the products, of g, u and y; by default autocast's where that is on, else x's. x keeps its own
+    recompute   keep x alone and compute gate and up again in the backward, for about a half more of the forward's time
+    backend, route   lora_linear's, for each of the three
+
+    Differentiable in x and every A, B and bias. Raises ValueError for shapes that do not fit, an unknown activation and
+    weights that require a gradient, and else what lora_linear raises.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    projections = {"gate": gate, "up": up, "down": down}
+    _check_shapes(x, projections)
+    for name, projection in projections.items():
+        _check(x, name, projection)
+    autocast_dtype = product_dtype(x)
+    if dtype is None and autocast_dtype == x.dtype:
+        for name, projection in projections.items():
+            if isinstance(projection.weight, Tensor) and projection.weight.dtype != x.dtype:
+                raise TypeError(
+                    f"x is {x.dtype} but the weight of {name} is {projection.weight.dtype}: cast one of them, give "
+                    "dtype, or use torch.autocast"
+                )
+    packed = [projection.tensors() for projection in projections.values()]
+    tensors = _without_repetitions([part for part, _ in packed])
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    settings = (
+        [fmt for _, fmt in packed],
+        [float(projection.scale) for projection in projections.values()],
+        [float(projection.dropout_p) for projection in projections.values()],
+        activation,
+        dtype or autocast_dtype,
+        training,
+        recompute,
+        resolve(backend),
+        resolve_route(route),
+        [len(part) for part, _ in packed],
+    )
+    y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), settings, *tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _check_shapes(x: Tensor, projections: dict[str, Projection]) -> None:
+    (F, K), up, down = (tuple(projection.weight.shape) for projection in projections.values())
+    if up != (F, K) or down[1] != F:
+        raise ValueError(f"gate and up must be [F, K] and down [N, F], got {(F, K)}, {up} and {down}")
+    if x.shape[-1] != K:
+        raise ValueError(f"x must have K={K} features for gate and up of shape {(F, K)}, got {tuple(x.shape)}")
+
+
+def _check(x: Tensor, name: str, projection: Projection) -> None:
+    (N, K), A, B, weight = projection.weight.shape, projection.A, projection.B, projection.weight
+    if (A is None) != (B is None):
+        raise ValueError(f"{name} has one of A and B: give both, or neither for a projection without an adapter")
+    if A is not None and B is not None and (A.shape != (A.shape[0], K) or B.shape != (N, A.shape[0])):
+        raise ValueError(f"{name}: A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"the weight of {name} requires a gradient, which lora_mlp does not compute: freeze it, or use lora_linear"
+        )
+    check_bias(projection.bias, N)
+    check_dropout(projection.dropout_p, projection.dropout_key)
+    data = weight if isinstance(weight, Tensor) else weight.data
+    key = projection.dropout_key
+    check_device(x, **{f"{name}.{n}": t for n, t in dict(weight=data, A=A, B=B, bias=projection.bias, key=key).items()})

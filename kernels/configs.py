@@ -9,6 +9,7 @@ import triton
 
 from .tiles import rank_block
 
+MANY = 1 << 62  # rows: above every class of M
 _asked_for: int | None = None  # by `target`, whatever the device
 
 
@@ -86,9 +87,9 @@ SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
 
 
 def dequantize_merge(itemsize: int, aligned: bool) -> dict:
-    """None of these spills. Eight warps hold 80 registers a thread and 24 warps fit an SM of sm_89, four hold 145 to 219
-    and 8 to 12 fit. Ranks in tiles of 16, whatever the rank: wider ones take registers from the weights, and no more
-    than half of the tiles' depth is ever padding. One stage: for most ranks the loop has one step or two."""
+    """None of these spills. Eight warps hold 80 registers a thread, so that 24 warps fit an SM of sm_89; with four they
+    hold 145 to 219, and 8 to 12 fit. Ranks come in tiles of 16, whatever the rank: wider ones take registers from the
+    weights. One stage: for most ranks the loop has one step or two."""
     if not aligned:
         return dict(BLOCK_N=32, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=1)
     if itemsize == 4:
@@ -96,22 +97,59 @@ def dequantize_merge(itemsize: int, aligned: bool) -> dict:
     return dict(BLOCK_N=64, BLOCK_K=128, BLOCK_R=16, num_warps=8, num_stages=1)
 
 
-def quant_matmul(device: torch.device, M: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, BLOCK_R=16, num_warps=4, num_stages=3)
+# Products with a k-bit weight. The default comes first, what PEFT_FAST_AUTOTUNE=1 would try against it after.
+#
+# GEMM, by the largest M: none spills on any target, compile matrix. A decoded weight serves BLOCK_M rows, so BLOCK_M
+# covers M up to 128. 64 columns (rows for dx) of W leave 120 to 168 registers a thread and two or three programs on an
+# SM, which hide each other's decoding; tiles 128 wide take 234 and spill in dx. Prior for the tiles of M: bitsandbytes'
+# kernel for sm_80 takes 32, 64 and 128 too.
 
 
-def quant_matmul_dx(device: torch.device, M: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, BLOCK_R=16, num_warps=4, num_stages=3)
+def _gemm(BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int) -> dict:
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=16, num_warps=num_warps)
 
 
-PROGRAMS = 256
+GEMM_16_BIT = (
+    (16, (_gemm(16, 64, 128, 4), _gemm(16, 64, 64, 4))),
+    (32, (_gemm(32, 64, 128, 4), _gemm(32, 64, 64, 4))),
+    (64, (_gemm(64, 64, 64, 4), _gemm(32, 64, 128, 4))),
+    (MANY, (_gemm(128, 64, 64, 8), _gemm(64, 64, 64, 4))),
+)
+GEMM_32_BIT = (
+    (16, (_gemm(16, 32, 64, 4),)),
+    (MANY, (_gemm(32, 32, 32, 4),)),
+)
+# Buffers of the pipeline: as many as fit twice into the shared memory of an SM (163 and 227 KB against 99).
+GEMM_STAGES = {80: 4, 86: 3, 90: 4, 120: 3}
 
 
-def split(length: int, block: int, tiles: int) -> tuple[int, int]:
+def quant_matmul(device: torch.device, M: int, itemsize: int) -> list[dict]:
+    """The same for the forward and for dx, whose sum runs along BLOCK_N."""
+    candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
+    stages = _newest(GEMM_STAGES, device)
+    return [dict(config, num_stages=stages) for config in candidates]
+
+
+# GEMV: the threads of a program lie along K, so that each reads its piece of x once for BLOCK_N rows of W and has as
+# many loads in flight; with more rows of x there are registers for fewer rows of W (128 at M = 8).
+GEMV = {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)}
+
+
+def quant_gemv(M: int) -> list[dict]:
+    block_m = triton.next_power_of_2(M)
+    return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in GEMV[block_m]]
+
+
+# How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose
+# programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the sums,
+# and with it every bit of the result, is the same on all of them.
+PROGRAMS = {"gemm": 256, "gemv": 512}
+
+
+def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
+    """(splits, steps per split) of a sum over `length` in steps of `block`, for each of `tiles` tiles of the output.
+    No split gets less than two steps: a partial result costs 4 bytes written and read again."""
     steps = triton.cdiv(length, block)
-    per_split = triton.cdiv(steps, min(max(1, steps // 2), triton.cdiv(PROGRAMS, tiles)))
-    return triton.cdiv(steps, per_split), per_split
-
-
-def quant_gemv(M: int) -> dict:
-    return dict(BLOCK_M=triton.next_power_of_2(M), BLOCK_N=8, BLOCK_K=1024, BLOCK_R=16, num_warps=4)
+    splits = min(max(1, steps // 2), triton.cdiv(PROGRAMS[kind], tiles))
+    per_split = max(1, triton.cdiv(steps, splits))
+    return max(1, triton.cdiv(steps, per_split)), per_split

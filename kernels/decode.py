@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_fast.quant.int8 import PER_CODE
-from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.quant.weight import Format, QuantizedWeight
 
 # Inline assembly is neither interpreted nor AMD's: there, a load from the table in memory.
 SHUFFLE = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
@@ -63,6 +63,11 @@ def is_aligned(weight: QuantizedWeight) -> bool:
     """Whether the data of a 4-bit weight can be read as whole words: not in an odd view of a buffer, nor at an odd end.
     Bytes are read one by one otherwise."""
     return weight.data.data_ptr() % 4 == 0 and weight.data.numel() % 4 == 0
+
+
+def why_not(fmt: Format) -> str | None:
+    """The reason `tile` cannot address a weight of this shape, or None where it can."""
+    return f"K is {fmt.K}, offsets within a tile need 32 bits up to {MAX_K}" if fmt.K > MAX_K else None
 
 
 def tile_constants(weight: QuantizedWeight, BLOCK_N: int, BLOCK_K: int) -> dict:
@@ -172,8 +177,7 @@ def tile(
             block, group, None if EVEN else inside_n & (k0 + unit < K), NESTED_G,
         )  # fmt: skip
         if UNIT % 8 == 0:
-            # Contiguous by 1: a thread's words lie apart, and the eight weights of each are what its neighbours continue
-            # when they are stored, as in dequantize.
+            # Contiguous by 1: a thread's words lie apart, and its neighbours hold what lies between, as in dequantize.
             k = tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)[None, :]
             inside = None if EVEN else inside_n & (k0 + k * 8 < K)
             end = (tl.cast(N, tl.int64) * K - first) // 2

@@ -2,8 +2,8 @@
 
 For the price of a dequantisation every product with W' includes LoRA. The sum is taken in fp32 on the exact weight: an
 update below half an ulp of W would be lost if W were rounded first. A and B may be fp32 under a 16-bit W': their tiles
-are rounded in registers, as for every other product. Optionally the 2-norms of the rows of the unrounded sum (DoRA, arXiv
-2402.09353, section 4.1): partial sums of squares per tile, added by a second stage in fixed order, no atomics.
+are rounded in registers, as for every other product. Optionally the 2-norms of the rows of the unrounded sum (DoRA,
+arXiv 2402.09353, section 4.1): partial sums of squares per tile, added by a second stage in fixed order, no atomics.
 
 Compiled without contraction, so that code * scale is rounded to fp32 before the sum. The same in plain torch:
 reference.py.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.quant.weight import Format, QuantizedWeight
 
 from . import configs, decode, tiles
 from .reduce import sum_partials
@@ -77,6 +77,6 @@ def dequantize_merge(
     return out, None if squares is None else sum_partials(squares[:, None], torch.float32, root=True)[0]
 
 
-def why_not(dtype: torch.dtype) -> str | None:
-    """The reason this kernel cannot write this dtype, or None where it can. Shapes and strides are free."""
-    return tiles.why_not("W'", dtype)
+def why_not(fmt: Format, dtype: torch.dtype) -> str | None:
+    """The reason this kernel cannot write W' in this dtype, or None where it can. Strides are free, N and K odd too."""
+    return tiles.why_not("W'", dtype) or decode.why_not(fmt)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dropout, tiles
-from .tiles import dropout_mask, input_precision, rank_block, rows, warps
+from . import configs, dropout, tiles
+from .reduce import sum_partials
+from .tiles import dropout_mask, input_precision, rows, warps
 
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
 # so that the order of the sums, and with it every bit of the result, is the same on all of them
@@ -93,29 +94,13 @@ def _lora_down_bwd_kernel(
         tl.store(da_ptr + (split * R + r) * K + k, acc * scale, mask=(r < R) & (k < K))
 
 
-# Tile sizes by rank and bytes per element of x: the widest that spill nothing on any target (bench/compile.py). Untuned
-# beyond that: nothing here has run on a GPU yet.
-
-
-def forward_config(R: int, itemsize: int) -> dict:
-    block_r = rank_block(R, itemsize)
-    return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
-
-
-def backward_config(R: int, itemsize: int) -> dict:
-    block_r = rank_block(R, itemsize)
-    if itemsize == 4 or block_r == 64:
-        return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
-    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r)
-
-
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
     """s [M, R] in x's dtype from x [M, K] and A [R, K]; `key` int32 [2] where p > 0."""
     x, A = rows(x), rows(A)
     (M, K), R = x.shape, A.shape[0]
     s = x.new_empty(M, R)
     if M:
-        config = forward_config(R, x.element_size())
+        config = configs.lora_down_forward(R, x.element_size())
         _lora_down_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]))](
             x, A, s, key, M, K, R, dropout.threshold(p), dropout.correction(p), x.stride(0), A.stride(0),
             DROPOUT=p > 0, PRECISION=input_precision(), num_warps=warps(x, A), enable_fp_fusion=True, **config,
@@ -138,7 +123,7 @@ def lora_down_backward(
     (M, K), R = x.shape, A.shape[0]
     if M == 0:
         return A.new_zeros(A.shape) if needs_dA else None
-    config = backward_config(R, x.element_size())
+    config = configs.lora_down_backward(R, x.element_size())
     columns = triton.cdiv(K, config["BLOCK_K"])
     steps = triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
@@ -158,7 +143,7 @@ def lora_down_backward(
             )  # fmt: skip
     if not needs_dA:
         return None
-    return partial[0] if splits == 1 else partial.sum(0).to(A.dtype)
+    return partial[0] if splits == 1 else sum_partials(partial, A.dtype)
 
 
 def why_not(dtype: torch.dtype) -> str | None:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .tiles import input_precision, rank_block, rows, warps
+from . import configs, tiles
+from .reduce import sum_partials
+from .tiles import input_precision, rows, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
 # 59 MB for N = 14336, R = 16
@@ -74,21 +75,6 @@ def _lora_up_bwd_kernel(
         tl.store(ds_ptr + m * R + r, acc * factor, mask=(m < M) & (r < R))
 
 
-# Tile sizes by rank and bytes per element of y: the widest that spill nothing on any target (bench/compile.py). Untuned
-# beyond that: nothing here has run on a GPU yet.
-
-
-def forward_config(R: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=64, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=rank_block(R, itemsize))
-
-
-def backward_config(R: int, itemsize: int) -> dict:
-    block_r = rank_block(R, itemsize)
-    if itemsize == 4:
-        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r)
-    return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=32 if block_r == 32 else 64, BLOCK_R=block_r)
-
-
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
     """y [M, N] += bias + scale * s @ B.T, in place. The rows of y must be dense."""
     assert y.stride(1) == 1
@@ -96,7 +82,7 @@ def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | N
     if y.numel() == 0:
         return
     bias = None if bias is None else bias.contiguous()
-    config = forward_config(R, y.element_size())
+    config = configs.lora_up_forward(R, y.element_size())
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
     _lora_up_add_fwd_kernel[grid](
         y, s.contiguous(), B, bias, scale, M, N, R, y.stride(0), B.stride(0),
@@ -112,7 +98,7 @@ def lora_up_backward(
     (M, N), R = dy.shape, B.shape[1]
     ds = dy.new_empty(M, R) if needs_ds else None
     dB: Tensor | None = None
-    config = backward_config(R, dy.element_size())
+    config = configs.lora_up_backward(R, dy.element_size())
     for start in range(0, M, SLAB):
         slab = slice(start, min(start + SLAB, M))
         programs = triton.cdiv(slab.stop - start, config["BLOCK_M"])
@@ -124,10 +110,11 @@ def lora_up_backward(
             num_warps=warps(dy), enable_fp_fusion=True, **config,
         )  # fmt: skip
         if needs_dB:
-            dB = partial.sum(0) if dB is None else dB + partial.sum(0)
+            last = slab.stop == M
+            dB = sum_partials(partial, B.dtype if last else torch.float32, start=dB)
     if not needs_dB:
         return ds, None
-    return ds, B.new_zeros(B.shape) if dB is None else dB.to(B.dtype)
+    return ds, B.new_zeros(B.shape) if dB is None else dB
 
 
 def why_not(dtype: torch.dtype) -> str | None:

@@ -1,9 +1,9 @@
 """y[M, N] = x[M, K] @ W[N, K].T + bias[N] + scale * s[M, R] @ B[N, R].T for M of at most 8: generation.
 
-W is read once and everything else is small, so nothing is multiplied by tensor cores (sm_75 will do): a thread decodes a
-word of eight weights per row, rounds them to x's dtype as dequantize would, and adds their products with each row of x
-in fp32. Where N alone makes too few programs, K is split among several; the first adds bias and LoRA, and a second stage
-sums their parts in fixed order. The same in plain torch: reference.py, quant_matmul.
+W is read once and everything else is small, so nothing is multiplied by tensor cores (sm_75 will do): a thread decodes
+a word of eight weights per row, rounds them to x's dtype as dequantize would, and adds their products with each row of
+x in fp32. Where N alone makes too few programs, K is split among several; the first adds bias and LoRA, and a second
+stage sums their parts in fixed order. The same in plain torch: reference.py, quant_matmul.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_fast.quant.weight import QuantizedWeight
 
-from . import configs, decode
+from . import autotune, configs, decode
 from .reduce import sum_partials
 from .tiles import rows
 
@@ -83,16 +83,22 @@ def quant_gemv(
     x, (N, K) = rows(x), weight.shape
     M = x.shape[0]
     s, B = (None, None) if s is None or B is None else (s.contiguous(), rows(B))
+    R = 0 if B is None else B.shape[1]
     if M * N == 0:
         return x.new_empty(M, N)
-    config = configs.quant_gemv(M)
-    columns = triton.cdiv(N, config["BLOCK_N"])
-    splits, steps_per_split = configs.split(K, config["BLOCK_K"], columns)
-    y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    _quant_gemv_kernel[(columns, splits)](
-        *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
-        scale, M, N, K, 0 if B is None else B.shape[1], steps_per_split, x.stride(0), 0 if B is None else B.stride(0),
-        **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-        HAS_BIAS=bias is not None, HAS_LORA=B is not None, enable_fp_fusion=False, **config,
-    )  # fmt: skip
-    return y if splits == 1 else sum_partials(y, x.dtype)
+
+    def launch(config: dict) -> Tensor:
+        columns = triton.cdiv(N, config["BLOCK_N"])
+        splits, steps = configs.split("gemv", K, config["BLOCK_K"], columns)
+        y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
+        _quant_gemv_kernel[(columns, splits)](
+            *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
+            scale, M, N, K, R, steps, x.stride(0), 0 if B is None else B.stride(0),
+            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
+            HAS_BIAS=bias is not None, HAS_LORA=B is not None, enable_fp_fusion=False, **config,
+        )  # fmt: skip
+        return y if splits == 1 else sum_partials(y, x.dtype)
+
+    candidates = configs.quant_gemv(M)
+    tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
+    return launch(autotune.pick("quant_gemv", tuned_for, candidates, launch, x.device))

@@ -3,10 +3,11 @@
     y[M, N]  = x[M, K] @ W[N, K].T + bias[N] + scale * s[M, R] @ B[N, R].T       quant_matmul
     dx[M, K] = dy[M, N] @ W[N, K] + c * mask * (ds[M, R] @ A[R, K])              quant_matmul_dx     c = 1 / (1 - p)
 
-W is decoded exactly and rounded to x's dtype before the product: the weights are those that dequantize writes. fp32
-accumulation, one rounding on store; LoRA is added to the accumulator. Where the tiles are fewer than the programs that
-a GPU wants, the sum is split and its parts added by a second stage in fixed order. A and B may be fp32 under a 16-bit x. With M of at
-most 8 there is too little to multiply for a tile of tl.dot: quant_gemv.py. The same in plain torch: reference.py.
+W is decoded exactly and rounded to x's dtype before the product: the weights are those that dequantize writes. A and B
+may be fp32 under a 16-bit x. fp32 accumulation, one rounding on store; LoRA is added to the accumulator. Where tiles
+are fewer than the programs that a GPU wants, the sum is split, and its parts are added by a second stage in fixed order.
+With M of at most 8 there is too little to multiply for a tile of tl.dot: quant_gemv.py. The same in plain torch:
+reference.py.
 
 A decoded weight costs about five instructions for each tile of M that uses it, so this pays while M is a few tiles:
 whoever routes decides up to which M (dequantise once and leave the rest to cuBLAS above).
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from peft_fast.quant.weight import Format, QuantizedWeight
 
-from . import configs, decode, dropout, quant_gemv, tiles
+from . import autotune, configs, decode, dropout, quant_gemv, tiles
 from .reduce import sum_partials
 from .tiles import dropout_mask, input_precision, rows
 
@@ -121,18 +122,23 @@ def quant_matmul(
     R = 0 if B is None else B.shape[1]
     if M * N == 0:
         return x.new_empty(M, N)
-    config = configs.quant_matmul(x.device, M, x.element_size())
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
-    splits, steps_per_split = configs.split(K, config["BLOCK_K"], grid[0] * grid[1])
-    y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-    _quant_matmul_kernel[(*grid, splits)](
-        *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
-        scale, M, N, K, R, steps_per_split, x.stride(0), 0 if B is None else B.stride(0),
-        **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-        HAS_BIAS=bias is not None, HAS_LORA=B is not None, PRECISION=input_precision(),
-        enable_fp_fusion=False, **config,
-    )  # fmt: skip
-    return y if splits == 1 else sum_partials(y, x.dtype)
+
+    def launch(config: dict) -> Tensor:
+        grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
+        splits, steps = configs.split("gemm", K, config["BLOCK_K"], grid[0] * grid[1])
+        y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
+        _quant_matmul_kernel[(*grid, splits)](
+            *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
+            scale, M, N, K, R, steps, x.stride(0), 0 if B is None else B.stride(0),
+            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
+            HAS_BIAS=bias is not None, HAS_LORA=B is not None, PRECISION=input_precision(),
+            enable_fp_fusion=False, **config,
+        )  # fmt: skip
+        return y if splits == 1 else sum_partials(y, x.dtype)
+
+    candidates = configs.quant_matmul(x.device, M, x.element_size())
+    tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
+    return launch(autotune.pick("quant_matmul", tuned_for, candidates, launch, x.device))
 
 
 def quant_matmul_dx(
@@ -151,23 +157,28 @@ def quant_matmul_dx(
     R = 0 if A is None else A.shape[0]
     if M * K == 0:
         return dy.new_empty(M, K)
-    config = configs.quant_matmul_dx(dy.device, M, dy.element_size())
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
-    splits, steps_per_split = configs.split(N, config["BLOCK_N"], grid[0] * grid[1])
-    dx = dy.new_empty(M, K) if splits == 1 else torch.empty(splits, M, K, dtype=torch.float32, device=dy.device)
-    _quant_matmul_dx_kernel[(*grid, splits)](
-        *decode.pointers(weight), dy, dx, ds, A, key,
-        M, N, K, R, steps_per_split, dropout.threshold(p), dropout.correction(p),
-        dy.stride(0), 0 if A is None else A.stride(0),
-        **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-        HAS_LORA=A is not None, DROPOUT=p > 0, PRECISION=input_precision(),
-        enable_fp_fusion=False, **config,
-    )  # fmt: skip
-    return dx if splits == 1 else sum_partials(dx, dy.dtype)
+
+    def launch(config: dict) -> Tensor:
+        grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
+        splits, steps = configs.split("gemm", N, config["BLOCK_N"], grid[0] * grid[1])
+        dx = dy.new_empty(M, K) if splits == 1 else torch.empty(splits, M, K, dtype=torch.float32, device=dy.device)
+        _quant_matmul_dx_kernel[(*grid, splits)](
+            *decode.pointers(weight), dy, dx, ds, A, key,
+            M, N, K, R, steps, dropout.threshold(p), dropout.correction(p),
+            dy.stride(0), 0 if A is None else A.stride(0),
+            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
+            HAS_LORA=A is not None, DROPOUT=p > 0, PRECISION=input_precision(),
+            enable_fp_fusion=False, **config,
+        )  # fmt: skip
+        return dx if splits == 1 else sum_partials(dx, dy.dtype)
+
+    candidates = configs.quant_matmul(dy.device, M, dy.element_size())
+    tuned_for = (weight.format, dy.dtype, triton.next_power_of_2(M), R, p > 0)
+    return launch(autotune.pick("quant_matmul_dx", tuned_for, candidates, launch, dy.device))
 
 
 def why_not(fmt: Format, dtype: torch.dtype, capability: int, M: int) -> str | None:
-    """The reason quant_matmul cannot take x [M, K] of this dtype, or None where it can. Rank, N and strides are free."""
+    """The reason quant_matmul cannot take x [M, K] of this dtype, or None where it can. Rank, N, strides are free."""
     if M <= quant_gemv.MAX_M:
         return tiles.why_not("x", dtype) or _why_not_weight(fmt)
     return why_not_dx(fmt, dtype, capability)
@@ -182,4 +193,6 @@ def why_not_dx(fmt: Format, dtype: torch.dtype, capability: int) -> str | None:
 
 def _why_not_weight(fmt: Format) -> str | None:
     # Eight weights are decoded at a time, out of one word of 32 bits (64 for int8).
-    return f"K is {fmt.K}, no multiple of 8: rows of the weight would begin within a word" if fmt.K % 8 else None
+    if fmt.K % 8:
+        return f"K is {fmt.K}, no multiple of 8: rows of the weight would begin within a word"
+    return decode.why_not(fmt)

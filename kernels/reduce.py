@@ -1,6 +1,7 @@
-"""total[rows, cols] = sum over P of partial[P, rows, cols]: the second stage of kernels that split a sum, in one launch.
+"""total[rows, cols] = sum over P of partial[P, rows, cols]: the second stage of kernels that split a sum.
 
-Added in fp32 in a fixed order, so every bit repeats (atomics would add in the order of arrival), rounded once.
+One launch. Added in fp32 in a fixed order, so every bit repeats (atomics would add in the order of arrival), and
+rounded once.
 """
 
 import torch

@@ -11,7 +11,7 @@ Linear4bit
 
 Linear8bitLt
 * The row scales SCB belong to `weight` until the first forward, which moves them to `module.state`. The codes, `CB`
-  there and here, are the memory of `weight` itself, or a second copy of it: copying a layer leaves it two.
+  there and here, are the memory of `weight` itself, or a second copy of it: pickling a layer leaves it two.
 * With `has_fp16_weights` the weight stays a float matrix that is quantised anew in every forward: not k-bit.
 * The dtype that the weight had before is not kept. It was rounded to fp16 on the way, so fp16 it is.
 """

@@ -91,10 +91,13 @@ def _plain(path: str, layer: nn.Module, adapter_names: Sequence[str], dtype: tor
     if isinstance(layer, BaseTunerLayer):
         here = [name for name in adapter_names if name in layer.available_adapters()]
         base: Any = layer.get_base_layer()
+        if base.bias is None and any(layer.get_delta_bias(name) is not None for name in here):
+            raise ValueError(
+                f"an adapter of {path} has a bias and the layer has none to merge it into: a plain model has no place "
+                "for it"
+            )
         weight, bias = layer.shifted_base([name for name in here if name not in layer.merged_adapters])
         bias = base.bias if bias is None else bias
-        if base.bias is None and any(layer.get_delta_bias(name) is not None for name in here):
-            raise ValueError(f"an adapter of {path} has a bias and the layer has none to merge it into")
     else:
         base, quantized = layer, quantized_weight(layer)
         assert quantized is not None

@@ -8,7 +8,17 @@ import bitsandbytes
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 96
 
@@ -121,3 +131,58 @@ def _compare(before: dict, after: dict) -> None:
 def _hashes(folder: Path | None) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, pad_token_id=0)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, pad_token_id=0)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models of random weights, written as any model on a hub is. Qwen2 has biases, GPT-2 has Conv1D layers."""
+    found = {}
+    for kind, build in MODELS.items():
+        found[kind] = tmp_path_factory.mktemp(kind)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = build()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):  # zero as transformers makes them: nothing would depend on them
+                    torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(found[kind])
+    return found
+
+
+@pytest.fixture
+def load(folders) -> Callable[..., PreTrainedModel]:
+    """`load("gpt2", bits=4)`: through from_pretrained and bitsandbytes, as users do it; bits=None: as it was saved."""
+
+    def loaded(
+        source: str | Path, bits: int | None, dtype: torch.dtype = torch.float32, **quantization
+    ) -> PreTrainedModel:
+        options = {}
+        if bits == 4:
+            defaults = {
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": dtype,
+            }
+            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **{**defaults, **quantization})
+        elif bits == 8:
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, **quantization)
+        folder = folders.get(str(source), source)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, device_map="cpu", dtype=dtype, local_files_only=True, **options
+        )
+
+    return loaded

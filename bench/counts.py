@@ -27,8 +27,11 @@ from peft_fast import dispatch
 from peft_fast.dispatch import use_backend, use_route
 from peft_fast.ops import library, table
 
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
-FREE = ALLOCATIONS | {"_local_scalar_dense", "resolve_conj", "_unsafe_view", "_reshape_alias"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+VIEWS = {"detach", "lift_fresh", "_unsafe_view", "_reshape_alias"}  # that their schemas do not tell
+# Dropout is three ops on a CPU (bernoulli_, div_, mul) and one launch on a GPU: the product stands for it.
+FREE = ALLOCATIONS | VIEWS | {"bernoulli_", "div_"}
+NESTED = 7  # the argument of bitsandbytes' gemm_4bit that is there where scales are nested
 
 
 def _is_view(func: Any) -> bool:
@@ -53,7 +56,7 @@ class Count(TorchDispatchMode):
             with self:
                 return library.IMPLEMENTATIONS[name](*args, **kwargs)
         if func.namespace == "bitsandbytes" and name == "gemm_4bit":
-            nested = kwargs.get("absmax_8bit") is not None
+            nested = kwargs.get("absmax_8bit", args[NESTED] if len(args) > NESTED else None) is not None
             parts = ["dequantize_blockwise", "offset"] if nested else []
             self.ops.update(f"bitsandbytes.{part}" for part in [*parts, "dequantize_4bit", "matmul"])
         elif name not in FREE and not _is_view(func):

@@ -93,10 +93,15 @@ def autograd_truth(
 
 
 def check_against_fp64(case: LoraCase, backend: str, route: str | None = None) -> None:
-    """Outputs and gradients: the inputs' dtypes, and no worse than 1.5 times plain torch at this dtype."""
+    """Outputs and gradients: the inputs' dtypes, and no worse than 1.5 times plain torch at this dtype.
+
+    Route merge in fp32 is granted 4 times: the merged weight is rounded to fp32, which in torch's fp32 product nothing
+    is. `auto` merges 16-bit products only.
+    """
+    factor = 4.0 if route == "merge" and case.x.dtype == torch.float32 else 1.5
     got = case.run(backend, route=route)
     by_torch = autograd_truth(case, lambda t: t)
     truth = autograd_truth(case, Tensor.double)
     for name, value in got.items():
         assert value.dtype == (case.x if name == "y" else getattr(case, name)).dtype, name
-        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name], case.x.dtype)
+        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name], case.x.dtype, factor)

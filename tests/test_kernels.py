@@ -45,7 +45,38 @@ SHAPES = [
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_lora_linear(shape, dtype, adapter, p, base, device):
     M, K, N, R = shape
-    check_against_fp64(make_case(M, K, N, R, dtype, adapter, base, p, device), backend="triton")
+    case = make_case(M, K, N, R, dtype, adapter, base, p, device)
+    check_against_fp64(case, backend="triton", route="split")
+
+
+# K a multiple of 16, as the fused kernels want it; tokens on both sides of the GEMV's 8
+FUSED_SHAPES = [(2, 64, 48, 8), (8, 128, 65, 17), (33, 144, 71, 16), (0, 64, 64, 8)]
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids="M{0[0]}-K{0[1]}-N{0[2]}-R{0[3]}".format)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=str)
+@pytest.mark.parametrize(("route", "p"), [("fused", 0.0), ("fused", 0.1), ("merge", 0.0)])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_lora_linear_by_the_other_routes(shape, dtype, adapter, route, p, base, device):
+    M, K, N, R = shape
+    check_against_fp64(make_case(M, K, N, R, dtype, adapter, base, p, device), backend="triton", route=route)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids="M{0[0]}-K{0[1]}-N{0[2]}-R{0[3]}".format)
+@pytest.mark.parametrize("base", ["fp4", "int8"])
+def test_merging_takes_any_shape(shape, base, device):
+    M, K, N, R = shape
+    case = make_case(M, K, N, R, torch.float32, torch.float32, base, 0.0, device)
+    check_against_fp64(case, backend="triton", route="merge")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 300])
+def test_auto_takes_a_route_that_is_right(tokens, device):
+    case = make_case(tokens, 64, 64, 8, torch.float32, torch.float32, "nf4", 0.0, device)
+    check_against_fp64(case, backend="triton")
+    with torch.no_grad():
+        y = case.call("triton", case.leaves())
+    torch.testing.assert_close(y, case.call("torch", case.leaves()).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_every_subset_of_gradients(device):
@@ -112,9 +143,10 @@ def test_masks_are_the_same_bits_as_in_torch(K, p, device):
 
 
 def test_bits_repeat(device):
-    case = make_case(300, 96, 80, 16, torch.float32, torch.float32, "nf4", 0.1, device)
-    first, second = case.run("triton"), case.run("triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for route, p in (("split", 0.1), ("fused", 0.1), ("merge", 0.0)):
+        case = make_case(300, 96, 80, 16, torch.float32, torch.float32, "nf4", p, device)
+        first, second = case.run("triton", route=route), case.run("triton", route=route)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_slabs_of_the_up_backward_add_up(monkeypatch, device):

@@ -72,7 +72,7 @@ def test_what_bitsandbytes_cannot_take_is_ours(card):
 def test_what_neither_can_take_is_dequantised(card):
     card(89)
     assert picks(call(64, K=4092, G=64)) == ("dequantize", "split", "split")  # rows begin within a word
-    assert picks(call(64, "int8", K=4104, nested=0)) == ("dequantize", "split", "split")
+    assert picks(call(64, "int8", K=4108, nested=0)) == ("dequantize", "split", "split")
 
 
 def test_merging_is_for_inference_without_dropout(card):
@@ -80,6 +80,7 @@ def test_merging_is_for_inference_without_dropout(card):
     assert picks(call(table.MERGE_M, training=False))[1] == "merge"
     assert picks(call(table.MERGE_M - 1, training=False))[1] == "split"
     assert picks(call(4096, training=False, p=0.1))[1] == "split"
+    assert picks(call(4096, training=False, dtype=torch.float32))[1] == "split"
 
 
 def test_a_dense_layer_is_split(card):

@@ -46,8 +46,9 @@ BITSANDBYTES_M = {75: 64} | {capability: forward for capability, (forward, _) in
 # card of 1 TB/s, launches not counted (kernels.md 2.3, 3.2).
 MERGE_M = 256
 
-# Whether training may merge: bench/merge_gate.py, results in bench/results/merge_gate.md.
+# Whether training may merge, and weights of how many elements: bench/merge_gate.py, bench/results/merge_gate.md.
 MERGE_IN_TRAINING = False
+MERGE_IN_TRAINING_WEIGHTS = 1 << 20
 
 
 class Call(NamedTuple):
@@ -176,9 +177,16 @@ def linear(call: Call, backend: Backend, route: Route = "auto") -> Choice:
     base = product(call, backend)
     if base.route == "fused":
         return Choice("lora_linear", "fused", base.because, "triton")
-    if call.p == 0.0 and call.tokens >= MERGE_M and (MERGE_IN_TRAINING or not call.training):
+    if _merges(call):
         return Choice("lora_linear", "merge", f"{call.tokens} tokens, at least {MERGE_M}, no dropout", "triton")
     return Choice("lora_linear", "split", f"{base.route}: {base.because}", "triton")
+
+
+def _merges(call: Call) -> bool:
+    """Not in fp32, where rounding the merged weight would be the largest error of the layer."""
+    if call.p or call.tokens < MERGE_M or call.dtype == torch.float32:
+        return False
+    return not call.training or (MERGE_IN_TRAINING and call.N * call.K >= MERGE_IN_TRAINING_WEIGHTS)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -141,8 +141,8 @@ def quant_gemv(M: int) -> list[dict]:
 
 
 # How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose
-# programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the sums,
-# and with it every bit of the result, is the same on all of them.
+# programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the
+# sums, and with it every bit of the result, is the same on all of them.
 PROGRAMS = {"gemm": 256, "gemv": 512}
 
 

@@ -125,15 +125,15 @@ def unpack_bytes(words):
 
 
 @triton.jit
-def load_scales(
-    absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, group, inside, NESTED_G: tl.constexpr
-):
-    """float32 like `block`: the scales of these blocks, and 0 or the offset where they are not `inside`. `group` is
-    block // NESTED_G, or one number for all. NESTED_G = 0: plain scales."""
+def load_scales(absmax_ptr, nested_code_ptr, offset_ptr, block, outer, inside, NESTED: tl.constexpr):
+    """float32 like `block`: the scales of these blocks, finite where they are not `inside` (None: all are).
+
+    outer: the nested absmax of each, or one that they share.
+    """
     scale = tl.load(absmax_ptr + block, mask=inside, other=None if inside is None else 0)
-    if NESTED_G:
+    if NESTED:
         scale = tl.load(nested_code_ptr + scale.to(tl.int32))
-        scale *= tl.load(nested_absmax_ptr + group, mask=inside, other=None if inside is None else 0.0)
+        scale *= outer
         scale += tl.load(offset_ptr)
     return scale
 
@@ -169,12 +169,15 @@ def tile(
         unit = tl.arange(0, BLOCK_K // UNIT)[None, :] * UNIT
         block0 = first // G
         block = (row * K + unit + (first % G).to(tl.int32)) // G
-        group = 0
+        inside = None if EVEN else inside_n & (k0 + unit < K)
+        outer = 0.0
         if NESTED_G:
-            group = block0 // NESTED_G + ((block0 % NESTED_G).to(tl.int32) + block) // NESTED_G
+            group = ((block0 % NESTED_G).to(tl.int32) + block) // NESTED_G
+            outer = tl.load(
+                nested_absmax_ptr + block0 // NESTED_G + group, mask=inside, other=None if EVEN else 0.0
+            )  # fmt: skip
         scale = load_scales(
-            absmax_ptr + block0, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-            block, group, None if EVEN else inside_n & (k0 + unit < K), NESTED_G,
+            absmax_ptr + block0, nested_code_ptr, offset_ptr, block, outer, inside, NESTED_G > 0
         )  # fmt: skip
         if UNIT % 8 == 0:
             # Contiguous by 1: a thread's words lie apart, and its neighbours hold what lies between, as in dequantize.

@@ -35,13 +35,16 @@ def _dequantize_kernel(
 
     block0 = first // G
     block = word // (G // 8)
-    group = 0
+    inside = None if EVEN else block < blocks - block0
+    outer = 0.0
     if NESTED_G:
-        # As a rule (256 nested blocks of 32 or more) all blocks of the program share one nested scale.
-        group = block0 // NESTED_G if NESTED_G % (BLOCK // G) == 0 else (block0 + block) // NESTED_G
+        if NESTED_G % (BLOCK // G) == 0:  # as a rule: all blocks of the program share one nested scale
+            outer = tl.load(nested_absmax_ptr + block0 // NESTED_G)
+        else:
+            group = (block0 + block) // NESTED_G
+            outer = tl.load(nested_absmax_ptr + group, mask=inside, other=None if EVEN else 0.0)
     scale = decode.load_scales(
-        absmax_ptr + block0, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-        block, group, None if EVEN else block < blocks - block0, NESTED_G,
+        absmax_ptr + block0, nested_code_ptr, offset_ptr, block, outer, inside, NESTED_G > 0
     )  # fmt: skip
     values = (codes.reshape(BLOCK // 8, 8) * scale[:, None]).reshape(BLOCK)
 

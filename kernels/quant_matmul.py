@@ -5,8 +5,8 @@
 
 W is decoded exactly and rounded to x's dtype before the product: the weights are those that dequantize writes. A and B
 may be fp32 under a 16-bit x. fp32 accumulation, one rounding on store; LoRA is added to the accumulator. Where tiles
-are fewer than the programs that a GPU wants, the sum is split, and its parts are added by a second stage in fixed order.
-With M of at most 8 there is too little to multiply for a tile of tl.dot: quant_gemv.py. The same in plain torch:
+are fewer than the programs that a GPU wants, the sum is split, and its parts are added by a second stage in fixed
+order. With M of at most 8 there is too little to multiply for a tile of tl.dot: quant_gemv.py. The same in plain torch:
 reference.py.
 
 A decoded weight costs about five instructions for each tile of M that uses it, so this pays while M is a few tiles:

@@ -11,6 +11,7 @@ from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
 from .tasks import PeftModelForCausalLM
 from .tuners import LoraConfig, LoraModel
+from .tuners.lora import set_lora_mlp
 
 __all__ = [
     "LoraConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",
+    "set_lora_mlp",
     "set_peft_model_state_dict",
     "use_backend",
 ]

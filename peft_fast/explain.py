@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from .dispatch import TritonUnsupported
 from .quant.weight import QuantizedWeight
 from .tuners.layer import BaseTunerLayer
+from .tuners.lora import mlp
 
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted layer."""
+    """One adapted layer, or one MLP of such layers."""
 
     name: str
     base: str  # the format of the base weight
@@ -35,12 +36,15 @@ class Explanation:
 
 
 def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explanation:
-    """Print one row per adapted layer of `model` (unless `show` is False) and return them.
+    """Print one row per adapted layer of `model`, and per gated MLP of such layers, and return them.
+
+    With `show` False nothing is printed.
 
     layer        its name in the model
     base weight  dtype of a dense weight; type, block size and kind of scales of a 4-bit one
     route        what a forward runs now: "split", "fused" or "merge" in Triton, "reference" in plain torch, "base"
-                 where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise
+                 where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise.
+                 Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called
     because      the reason for that route
 
     What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
@@ -56,6 +60,8 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
             except (TritonUnsupported, ValueError) as refusal:
                 route, because = "refused", str(refusal)
             rows.append(Row(name, describe(module.base_weight()), route, because))
+        elif (of_mlp := mlp.choice(module)) is not None:
+            rows.append(Row(name, "", of_mlp.route, of_mlp.because))
     explanation = Explanation(tuple(rows))
     if show:
         print(explanation)

@@ -38,7 +38,7 @@ GLU = Op("glu", "triton", _why_not_glu, needs_dot=False)
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer [N, K] and its adapter, A [R, K] and B [N, R], as lora_linear takes them; no A, no B: no adapter."""
+    """A linear layer [N, K] and its adapter, A [R, K] and B [N, R], as lora_linear takes them; A and B None: none."""
 
     weight: Tensor | QuantizedWeight
     bias: Tensor | None = None

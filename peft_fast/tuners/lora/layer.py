@@ -136,14 +136,21 @@ class Linear(LoraLayer):
         call = ops.Call(weight.device, dtype, tokens, N, K, self.r[name], fmt, p, training)
         return ops.choose(call, self.backend)
 
-    def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
-        """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
+    def projection(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> ops.Projection:
+        """The base layer and one adapter as ops take them, with a new dropout key: for one forward of x."""
         A, B = self.factors(name)
         bias, extra = self.bias, self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        scale, dropout = self.scaling[name], self._dropout(name, x)
-        return ops.lora_linear(x, weight, A.weight, B.weight, scale, bias, dtype=dtype, backend=self.backend, **dropout)
+        return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], **self._dropout(name, x))
+
+    def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
+        """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
+        (A, B), layer = self.factors(name), self.projection(name, x, weight)
+        return ops.lora_linear(
+            x, weight, A.weight, B.weight, layer.scale, layer.bias, dtype=dtype, backend=self.backend,
+            dropout_p=layer.dropout_p, dropout_key=layer.dropout_key,
+        )  # fmt: skip
 
     def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus what these adapters make of x."""

@@ -1,5 +1,9 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import nn
 
 from peft_fast.tuners.base import BaseTuner
@@ -10,6 +14,7 @@ from peft_fast.tuners.targets import LORA_TARGETS
 
 from .config import LoraConfig, without_fan_in_fan_out
 from .layer import Linear
+from .mlp import fuse_mlps, restore_mlps
 
 
 class LoraModel(BaseTuner):
@@ -35,3 +40,28 @@ class LoraModel(BaseTuner):
             )
         without_fan_in_fan_out(config)
         return Linear(target, adapter_name, config=config, r=r, lora_alpha=alpha)
+
+    def inject_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+        fuse_mlps(self.model)
+
+    def merge_to_16bit(
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        adapter_names: Sequence[str] | None = None,
+        progressbar: bool = True,
+    ) -> nn.Module:
+        model = super().merge_to_16bit(dtype, adapter_names, progressbar)
+        restore_mlps(model)
+        return model
+
+    def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
+        model = super()._unload(with_copies_of)
+        restore_mlps(model)
+        return model

@@ -133,7 +133,7 @@ SHAPES = [
     (8, 70, 192, 100),
     (9, 40, 128, 1),
     (33, 71, 136, 16),
-    (130, 129, 192, 8),
+    (130, 65, 72, 8),
     (3, 16, 4096, 8),
     (20, 16, 1000, 4),
     (40, 600, 16, 16),
@@ -176,12 +176,17 @@ def test_products_without_lora_of_strided_rows_and_bytes_at_an_odd_address(kind,
         torch.testing.assert_close(triton_ops.quant_matmul_dx(dy, unaligned(weight)), dy @ W, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("M", [2, 40])
-def test_bits_repeat(M, device):
-    """Also where the sum is split."""
-    weight = make_weight("nf4 nested", 512, 512, device=device)
-    x, dy = torch.randn(M, 512, device=device), torch.randn(M, 512, device=device)
-    for function, argument in ((triton_ops.quant_matmul, x), (triton_ops.quant_matmul_dx, dy)):
+def test_bits_repeat_where_sums_are_split(device):
+    wide, tall = make_weight("nf4 nested", 16, 4096, device=device), make_weight("nf4 nested", 600, 16, device=device)
+    for function, weight, argument in (
+        (triton_ops.quant_matmul, wide, torch.randn(2, 4096, device=device)),
+        (
+            triton_ops.quant_matmul,
+            make_weight("fp4 plain", 16, 1000, device=device),
+            torch.randn(20, 1000, device=device),
+        ),
+        (triton_ops.quant_matmul_dx, tall, torch.randn(20, 600, device=device)),
+    ):
         assert torch.equal(function(argument, weight), function(argument, weight))
 
 

@@ -1,10 +1,14 @@
 """Compile every kernel for every GPU generation, without a GPU: registers, spills, shared memory, instructions.
 
-    python -m bench.compile [--quick] [--targets 80,90] [--only lora_down]
+    python -m bench.compile [--quick] [--targets 80,90] [--only lora_down] [--diff]
 
-One row a kernel, target and variant, printed and written to bench/results/compile.csv with Triton's version. A row
-fails, and the command with it, when the kernel spills, does not fit the shared memory, uses fp64, has no tensor-core
-instruction where it multiplies 16-bit matrices, or contracts a product and a sum in the exact dequantisation.
+Each target gets the launch configurations that a GPU of its kind would get. One row a kernel, target and variant,
+printed and written to bench/results/compile.csv, beside the rows of other versions of Triton. A row fails, and the
+command with it, when the kernel spills, does not fit the shared memory, uses fp64, has no tensor-core instruction where
+it multiplies 16-bit matrices, does not copy the operands of such a loop asynchronously, contracts a product and a sum
+where the format rounds both, or dequantises with more than SASS_BUDGET instructions per weight.
+
+`--diff` compares with the rows in the CSV of the same version instead of writing them.
 """
 
 import argparse
@@ -15,23 +19,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 import triton
 
-from bench.launches import Launch, compile_for, record
-from peft_fast.kernels import dequantize, dropout, lora_down, lora_up_add
-from peft_fast.quant import blockwise
+from bench.compile_cases import launches
+from bench.launches import Launch, compile_for
 
 CSV = Path(__file__).parent / "results" / "compile.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # the most that one block may have
 TARGETS = tuple(SHARED_KB)
+NO_DOT = ("dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "glu_")
+EXACT = ("dequantize", "quant_matmul")  # decode a format whose roundings are part of it
+SASS_BUDGET = 10  # per weight, of the whole kernel
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", re.M)  # NOPs only fill up behind the last branch
 
 
 @dataclass(frozen=True)
@@ -48,40 +52,8 @@ class Row:
     fma: int
     fp64: int
     sass: int  # instructions of the whole kernel
+    sass_per_weight: float  # that, by the weights that a thread writes; 0 where it writes none
     fault: str
-
-
-def launches(quick: bool) -> Iterator[tuple[str, Launch]]:
-    """(variant, launch) for what the launchers do with real arguments. Shapes only matter by their divisibility by 16;
-    ranks by that, by their tile and by whether one tile is enough."""
-    aligned, odd = ((16, 80), ()) if quick else ((8, 16, 17, 32, 64, 128), (17, 80))
-    for dname, dtype in DTYPES.items():
-        for rank, sname in [*((r, "aligned") for r in aligned), *((r, "odd") for r in odd)]:
-            M, N, K = (64, 64, 64) if sname == "aligned" else (33, 71, 67)
-            for adapter in dict.fromkeys((dtype, torch.float32)):
-                tag = f"{dname} R{rank} {sname}" + (" fp32-adapter" if adapter != dtype else "")
-                yield from _lora(tag, dtype, adapter, M, N, K, rank, quick)
-        for quant_type, G, nested in [("nf4", 64, True), ("fp4", 64, False), ("nf4", 32, True), ("nf4", 4096, True)]:
-            weight = blockwise.quantize(torch.zeros(64, 128), quant_type, G, nested)
-            with record() as calls:
-                dequantize.dequantize(weight, dtype)
-            yield from ((f"{dname} {quant_type} G{G}" + (" nested" if nested else ""), call) for call in calls)
-
-
-def _lora(
-    tag: str, dtype: torch.dtype, adapter: torch.dtype, M: int, N: int, K: int, R: int, quick: bool
-) -> Iterator[tuple[str, Launch]]:
-    x, y, s = torch.zeros(M, K, dtype=dtype), torch.zeros(M, N, dtype=dtype), torch.zeros(M, R, dtype=dtype)
-    A, B, key = torch.zeros(R, K, dtype=adapter), torch.zeros(N, R, dtype=adapter), dropout.new_key("cpu")
-    for p in (0.1,) if quick else (0.0, 0.1):
-        with record() as calls:
-            lora_down.lora_down(x, A, p, key)
-            lora_down.lora_down_backward(s, x, A, p, key, torch.zeros_like(x), True)
-        yield from ((tag + (" dropout" if p else ""), call) for call in calls)
-    with record() as calls:
-        lora_up_add.lora_up_add_(y, s, B, 2.0, None if quick else y[0])
-        lora_up_add.lora_up_backward(y, s, B, 2.0)
-    yield from ((tag, call) for call in calls)
 
 
 def measure(variant: str, launch: Launch, target: int) -> Row:
@@ -98,23 +70,42 @@ def measure(variant: str, launch: Launch, target: int) -> Row:
         registers=registers, spill_bytes=stack, shared_kb=round(compiled.metadata.shared / 1024, 1),
         tensor_core=len(TENSOR_CORE.findall(ptx)), async_copies=ptx.count("cp.async."),
         fma=len(re.findall(r"\bfma\.rn", ptx)), fp64=len(re.findall(r"\.f64\b", ptx)),
-        sass=len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", sass, re.M)),
+        sass=len(INSTRUCTION.findall(sass)),
     )  # fmt: skip
+    row["sass_per_weight"] = round(row["sass"] / weights_per_thread(launch), 2) if writes_weights(launch) else 0.0
     return Row(**row, fault=fault(row, variant, target))
 
 
+def writes_weights(launch: Launch) -> bool:
+    return launch.name.startswith("dequantize")
+
+
+def weights_per_thread(launch: Launch) -> float:
+    sizes = dict(launch.constexprs)
+    weights = sizes["BLOCK"] if "BLOCK" in sizes else sizes["BLOCK_N"] * sizes["BLOCK_K"]
+    return weights / (32 * dict(launch.options)["num_warps"])
+
+
 def fault(row: dict, variant: str, target: int) -> str:
-    exact = row["kernel"].startswith("dequantize")
+    dot = not row["kernel"].startswith(NO_DOT)
+    tensor_cores = dot and not variant.startswith("fp32")
+    main_path = not re.search("odd|masked", variant)
     if row["spill_bytes"]:
         return f"spills {row['spill_bytes']} bytes"
     if row["shared_kb"] > SHARED_KB[target]:
         return f"needs {row['shared_kb']} of {SHARED_KB[target]} KB shared memory"
     if row["fp64"]:
         return "uses fp64"
-    if exact and row["fma"]:
+    # The FMAs of fp32 products are meant; the GEMV's all are.
+    if row["kernel"].startswith(EXACT) and row["fma"] and (tensor_cores or not dot):
         return "contracts to FMA where both roundings are the format"
-    if not exact and not variant.startswith("fp32") and not row["tensor_core"]:
+    if tensor_cores and not row["tensor_core"]:
         return "has no tensor-core instruction"
+    if tensor_cores and main_path and row["kernel"].startswith("quant_matmul") and not row["async_copies"]:
+        return "does not copy its operands asynchronously"
+    # sm_75 rounds to bf16 in software.
+    if row["kernel"] in NO_DOT and main_path and target >= 80 and row["sass_per_weight"] > SASS_BUDGET:
+        return f"takes {row['sass_per_weight']} instructions per weight, the budget is {SASS_BUDGET}"
     return ""
 
 
@@ -124,13 +115,17 @@ _jobs: list[Job] = []  # read by the forked workers: a JITFunction cannot be pic
 
 def jobs(quick: bool, targets: tuple[int, ...] = TARGETS, only: str = "") -> list[Job]:
     """Every binary for every target that can take it: Triton has no tensor cores on sm_75 (dropped in 3.3)."""
-    different = {launch: variant for variant, launch in reversed(list(launches(quick)))}  # the first name of each
-    return [
-        (variant, launch, target)
-        for launch, variant in reversed(different.items())
-        for target in targets
-        if only in f"{launch.name} {variant}" and (target >= 80 or launch.name.startswith("dequantize"))
-    ]
+    todo = []
+    for target in targets:
+        different = {launch: variant for variant, launch in reversed(list(launches(quick, target)))}  # the first name
+        names: dict[str, int] = {}
+        for launch, variant in reversed(different.items()):
+            name = f"{launch.name} {variant}"
+            names[name] = names.get(name, 0) + 1
+            if only in name and (target >= 80 or launch.name.startswith(NO_DOT)):
+                # Some functions launch the same kernel twice, in two variants.
+                todo.append((variant + (f" #{names[name]}" if names[name] > 1 else ""), launch, target))
+    return todo
 
 
 def _measure(index: int) -> Row:
@@ -149,7 +144,7 @@ def run(todo: list[Job]) -> list[Row]:
     return rows
 
 
-def report(rows: list[Row], write: bool) -> int:
+def report(rows: list[Row]) -> int:
     """Print one line per kernel and target, the worst of its variants; then the faults. 1 if there are any."""
     print(f"Triton {rows[0].triton}: {len(rows)} kernels compiled")
     print(f"{'kernel':24}{'target':8}{'variants':>9}{'registers':>11}{'shared KB':>11}{'spills':>8}{'faults':>8}")
@@ -161,13 +156,44 @@ def report(rows: list[Row], write: bool) -> int:
     faults = [row for row in rows if row.fault]
     for row in faults:
         print(f"FAULT {row.kernel} {row.target} {row.variant}: {row.fault}")
-    if write:
-        with CSV.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(field.name for field in fields(Row))
-            writer.writerows(astuple(row) for row in rows)
-        print(f"wrote {CSV}")
     return 1 if faults else 0
+
+
+def _stored() -> list[dict[str, str]]:
+    with CSV.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _as_text(row: Row) -> dict[str, str]:
+    return {name: str(value) for name, value in asdict(row).items()}
+
+
+def difference(rows: list[Row]) -> list[str] | None:
+    """What changed against the rows of this Triton version in the CSV, one line each; None if it has none."""
+    key = ("kernel", "target", "variant")
+    before = {tuple(row[k] for k in key): row for row in _stored() if row["triton"] == triton.__version__}
+    if not before:
+        return None
+    after = {tuple(row[k] for k in key): row for row in map(_as_text, rows)}
+    lines = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None:
+            lines.append(f"{' '.join(name)}: {'new' if old is None else 'gone'}")
+        elif old != new:
+            changes = (f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
+            lines.append(f"{' '.join(name)}: {', '.join(changes)}")
+    return lines
+
+
+def write(rows: list[Row]) -> None:
+    """Into the CSV, in place of this Triton version's rows; those of other versions stay."""
+    others = [row for row in _stored() if row["triton"] != triton.__version__] if CSV.exists() else []
+    with CSV.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*others, *map(_as_text, rows)])
+    print(f"wrote {CSV}")
 
 
 def main() -> int:
@@ -175,11 +201,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the matrix, in under a minute")
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, without the dot")
     parser.add_argument("--only", default="", help="only kernels or variants whose name contains this")
+    parser.add_argument("--diff", action="store_true", help="print what changed against the CSV, and do not write it")
     options = parser.parse_args()
     rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
-    return report(
-        rows, write=not options.only and options.targets == parser.get_default("targets") and not options.quick
-    )
+    status = report(rows)
+    complete = not options.only and not options.quick and options.targets == parser.get_default("targets")
+    if options.diff:
+        changes = difference(rows)
+        print("\n".join(changes or ["nothing changed"] if changes is not None else ["no rows of this version"]))
+    elif complete:
+        write(rows)
+    return status
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def _dequantize_merge_kernel(
     if NEEDS_NORMS:
         counted = merged if EVEN else tl.where(k < K, merged, 0.0)
         row = n0 + tl.arange(0, BLOCK_N)
-        tl.store(squares_ptr + tl.program_id(0) * N + row, tl.sum(counted * counted, axis=1), mask=row < N)
+        tl.store(squares_ptr + tl.program_id(0).to(tl.int64) * N + row, tl.sum(counted * counted, axis=1), mask=row < N)
 
 
 def dequantize_merge(

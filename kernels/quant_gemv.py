@@ -51,7 +51,7 @@ def _quant_gemv_kernel(
     start = split * steps_per_split * BLOCK_K
     for k0 in range(start, tl.minimum(start + steps_per_split * BLOCK_K, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
-        x = tl.load(x_ptr + m[:, None] * stride_x_m + k, mask=(m[:, None] < M) & (k < K), other=0.0)
+        x = tl.load(x_ptr + m[:, None].to(tl.int64) * stride_x_m + k, mask=(m[:, None] < M) & (k < K), other=0.0)
         w = decode.tile(
             data_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
             n0, k0, N, K, BLOCK_N, BLOCK_K, G, NESTED_G, UNIT, ALIGNED, EVEN,
@@ -73,7 +73,7 @@ def _quant_gemv_kernel(
         if HAS_BIAS:
             y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
-    tl.store(y_ptr + (split * M + m[:, None]).to(tl.int64) * N + n[None, :], y, mask=inside)
+    tl.store(y_ptr + (split.to(tl.int64) * M + m[:, None]) * N + n[None, :], y, mask=inside)
 
 
 def quant_gemv(

@@ -61,7 +61,7 @@ def _quant_matmul_kernel(
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=(n < N) & (split == 0), other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + (split * M + m).to(tl.int64) * N + n[None, :], acc, mask=(m < M) & (n[None, :] < N))
+    tl.store(y_ptr + (split.to(tl.int64) * M + m) * N + n[None, :], acc, mask=(m < M) & (n[None, :] < N))
 
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
@@ -101,7 +101,7 @@ def _quant_matmul_dx_kernel(
             n0, k0, N, K, BLOCK_N, BLOCK_K, G, NESTED_G, UNIT, ALIGNED, EVEN,
         )  # fmt: skip
         acc = tl.dot(dy, w.to(dy.dtype), acc, input_precision=PRECISION)
-    tl.store(dx_ptr + (split * M + m).to(tl.int64) * K + k, acc, mask=(m < M) & (k < K))
+    tl.store(dx_ptr + (split.to(tl.int64) * M + m) * K + k, acc, mask=(m < M) & (k < K))
 
 
 def quant_matmul(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import peft
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
 
 from peft_fast.finetune import base_model, data, embedded
 from peft_fast.finetune.options import Options, UserError, parse
@@ -31,18 +31,13 @@ class Outcome:
 
 
 def with_peft(options: Options) -> Any:
-    """The adapted model as peft's documentation has it: transformers loads in NF4, `peft.get_peft_model` adapts."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=options.dtype,
-    )
+    """The adapted model as peft's documentation has it: transformers quantises, `peft.get_peft_model` adapts."""
+    quantization = None if options.bits == 16 else base_model.bitsandbytes_config(options)
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
         dtype=options.dtype,
         device_map={"": base_model.process().device},
-        quantization_config=quantization if options.bits == 4 else None,
+        quantization_config=quantization,
         local_files_only=True,
     )
     model.config.use_cache = False

@@ -2,7 +2,7 @@
 
 options.py      what can be asked for, and which combinations are refused before anything heavy runs
 data.py         .txt and .jsonl records -> token lists, prompt masking, packing, the held-out split
-base_model.py   loading the base model in 4 or 16 bits
+base_model.py   loading the base model in 4, 8 or 16 bits
 embedded.py     the default without --model and --data: a small Llama trained here, on the standard library's prose
 trainer.py      transformers' Trainer, checkpointing the adapter alone, and the progress bar
 memory.py       the memory that training needs beside the memory there is, and advice when it runs out

@@ -1,4 +1,4 @@
-"""The base model, in 4 or 16 bits, from a directory or from the hub."""
+"""The base model, in 4, 8 or 16 bits, from a directory or from the hub."""
 
 import importlib.util
 from collections.abc import Callable
@@ -38,47 +38,77 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_base(options: Options) -> PreTrainedModel:
-    """The model that `options.model` names, frozen, on this process's device, in NF4 if `options.bits` is 4.
+    """The model that `options.model` names, frozen, on this process's device, in `options.bits` bits a weight.
 
     bitsandbytes quantises while transformers loads, layer by layer, where it is installed; `quantize_linear_layers`
-    makes the same bytes without it. The latter also serves a CPU when only some layers are adapted: the others would
-    run bitsandbytes' own forward, which in eval mode repacks its weight on CPUs with AVX512-bf16 into a form without
-    a gradient (bitsandbytes 0.50), and the training after the first evaluation would learn nothing.
+    makes the same bytes without it.
     """
     name, device = str(options.model), process().device or torch.device("cpu")
     local = Path(name).is_dir()
     config = AutoConfig.from_pretrained(name, local_files_only=local)
-    quantized_already = getattr(config, "quantization_config", None) is not None
-    if quantized_already and options.bits == 16:
-        raise UserError(f"{name} is stored quantised; --bits 16 needs the original weights, or use --bits 4")
-
-    everything_adapted = options.target_modules == ALL_LINEAR
-    use_bitsandbytes = (
-        options.bits == 4
-        and not quantized_already
-        and importlib.util.find_spec("bitsandbytes") is not None
-        and (device.type == "cuda" or everything_adapted)
-    )
-    quantization = None
-    if use_bitsandbytes:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options.dtype,
+    stored_bits = _stored_bits(config, options)
+    if stored_bits not in (None, options.bits):
+        raise UserError(
+            f"{name} is stored in {stored_bits} bits: use --bits {stored_bits}; --bits {options.bits} needs the "
+            "original weights"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name,
-        local_files_only=local,
-        dtype=options.dtype,
-        device_map={"": device},
-        quantization_config=quantization,
+    to_quantise = stored_bits is None and options.bits != 16
+    use_bitsandbytes = (
+        to_quantise
+        and importlib.util.find_spec("bitsandbytes") is not None
+        and not (device.type == "cpu" and _runs_what_bitsandbytes_gets_wrong(config, options))
     )
-    if options.bits == 4 and not quantized_already and not use_bitsandbytes:
-        model = peft_fast.quantize_linear_layers(model, bits=4, quant_type="nf4", double_quant=True)
+    # Left out, and not None, where there is nothing to say: None replaces what the model's own files say.
+    quantization = {"quantization_config": bitsandbytes_config(options)} if use_bitsandbytes else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, local_files_only=local, dtype=options.dtype, device_map={"": device}, **quantization
+    )
+    if to_quantise and not use_bitsandbytes:
+        model = peft_fast.quantize_linear_layers(model, bits=options.bits)
     # Training keeps no key-value cache, and transformers reads packed documents' borders only where there is none.
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def bitsandbytes_config(options: Options) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, or LLM.int8."""
+    if options.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=options.dtype,
+    )
+
+
+def _stored_bits(config: Any, options: Options) -> int | None:
+    """The bits per weight of a model that is stored quantised by bitsandbytes; None for one that is not quantised.
+
+    A format of other libraries counts as the bits asked for: which layers can be adapted is found out later.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("load_in_8bit"):
+        return 8
+    if stored.get("load_in_4bit") or options.bits == 16:
+        return 4
+    return options.bits
+
+
+def _runs_what_bitsandbytes_gets_wrong(config: Any, options: Options) -> bool:
+    """Whether layers that get no adapter, and so run bitsandbytes' own forward, have rows of incomplete blocks.
+
+    Its CPU code (up to 0.50) takes the wrong scales there, which is a fifth of an output's size. Adapted layers run
+    ours, which are right.
+    """
+    if options.bits != 4 or options.target_modules == ALL_LINEAR:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return any(isinstance(module, torch.nn.Linear) and module.in_features % 64 for module in model.modules())
 
 
 def add_adapter(model: PreTrainedModel, options: Options) -> Any:

@@ -172,8 +172,8 @@ def advice(options: Options, estimate: Estimate | None) -> str:
         else (0, 0, 0)
     )
     ways = []
-    if options.bits == 16:
-        ways.append((base * 7 // 10, "--bits 4"))
+    if options.bits > 4:
+        ways.append((base * (7 if options.bits == 16 else 4) // 10, "--bits 4"))
     if options.batch_size > 1:
         half, twice = options.batch_size // 2, options.gradient_accumulation * 2
         saved = activations - activations * half // options.batch_size

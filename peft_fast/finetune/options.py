@@ -120,9 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: off
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", metavar="DIR|ID", help="base model: a directory, or an id on the Hugging Face hub")
-    group.add_argument("--bits", type=int, choices=(4, 16), default=4,
-                       help="bits per base weight: 4 is NF4 with double quantisation, 16 keeps the weights in the "
-                            "dtype of --precision (default: %(default)s)")
+    group.add_argument("--bits", type=int, choices=(4, 8, 16), default=4,
+                       help="bits per base weight: 4 is NF4 with double quantisation, 8 is LLM.int8's format, with "
+                            "activations left as they are, 16 keeps the weights in the dtype of --precision "
+                            "(default: %(default)s)")
     group.add_argument("--precision", choices=("auto", *DTYPES), default="auto",
                        help="dtype of base and activations; the adapter stays in fp32. auto: bf16 on a GPU that has "
                             "it, else fp16, and fp32 on a CPU (default: %(default)s)")

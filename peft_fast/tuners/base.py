@@ -288,19 +288,16 @@ class BaseTuner(nn.Module):
         return self._unload(names)
 
     def merge_to_16bit(
-        self,
-        dtype: torch.dtype = torch.bfloat16,
-        adapter_names: Sequence[str] | None = None,
-        progressbar: bool = True,
+        self, dtype: torch.dtype = torch.bfloat16, adapter_names: Sequence[str] | None = None, progressbar: bool = True
     ) -> nn.Module:
         """The base model as a plain one of `dtype`, bf16 or fp16, with the adapters (the active ones unless named)
         merged in; for k-bit models: nothing is quantised again.
 
         Every weight is the fp32 sum of the exact base weight and the adapters, rounded once. k-bit layers become
         nn.Linear, or transformers' Conv1D where they came from one; norms and embeddings are cast. `save_pretrained`
-        writes the result without a quantization_config, and `from_pretrained` loads it. The progress bar shows on
-        terminals. Takes 2 bytes a weight beside the k-bit model, which is kept until the end: a ValueError (a dtype or
-        a model that is not for this, a broken adapter) or running out of memory leaves everything as it was.
+        writes the result without a quantization_config, and `from_pretrained` loads it. Takes 2 bytes a weight beside
+        the k-bit model, which is kept until the end: a ValueError (a dtype or a model that this is not for, a broken
+        adapter) or running out of memory leaves everything as it was.
         """
         merge_to_16bit(self.model, self._names_to_merge(adapter_names), dtype, progressbar)
         self._allow_repacking()

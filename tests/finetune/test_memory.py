@@ -9,8 +9,9 @@ from peft_fast.finetune import base_model, memory, run
 from peft_fast.finetune.options import parse
 
 
-def test_memory_estimate(arguments, model_folder):
-    options = parse(arguments)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_memory_estimate(arguments, model_folder, bits):
+    options = parse([*arguments, "--bits", str(bits)])
     base = base_model.load_base(options)
     model = base_model.add_adapter(base, options)
     estimate = memory.estimate(model, options, 32)
@@ -19,8 +20,11 @@ def test_memory_estimate(arguments, model_folder):
     assert estimate.optimizer_states == 8 * trainable
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # q and o, k and v, the MLP; two layers
     rest = 4 * (257 * 64 + 5 * 64)  # embedding and norms in fp32
-    codes = 14 * 4 * (256 + 16)  # the codebooks of each of the 14 layers
-    assert estimate.base_weights == pytest.approx(0.516 * linear + rest + codes, rel=0.01)
+    if bits == 4:
+        quantised = 0.516 * linear + 14 * 4 * (256 + 16)  # the codebooks of each of the 14 layers
+    else:
+        quantised = linear + 2 * 4 * (3 * 64 + 2 * 32 + 2 * 128)  # a scale a row: q, o and down, k and v, gate and up
+    assert estimate.base_weights == pytest.approx(quantised + rest, rel=0.01 if bits == 4 else 1e-3)
     twice = memory.estimate(model, replace(options, batch_size=8), 32)
     assert twice.activations == 2 * estimate.activations
     assert 2**28 < estimate.available < 2**50
@@ -44,13 +48,14 @@ def test_the_measured_activations_are_what_backward_keeps():
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")])
-def test_running_out_of_memory_gives_advice(arguments, error):
-    options = replace(parse(arguments), bits=16, sequence_length=512)
+@pytest.mark.parametrize(("bits", "saved"), [(16, 560), (8, 320)])
+def test_running_out_of_memory_gives_advice(arguments, error, bits, saved):
+    options = replace(parse(arguments), bits=bits, sequence_length=512)
     estimate = memory.Estimate(800 * 2**20, 1, 1, 1, 400 * 2**20, 0, available=2**20)
     with pytest.raises(memory.OutOfMemory) as raised, memory.advice_when_exhausted(options, estimate):
         raise error
     lines = str(raised.value).splitlines()
-    assert lines[2] == "  --bits 4: about 560 MiB less"
+    assert f"  --bits 4: about {saved} MiB less" in lines
     assert any("--batch-size 2 --gradient-accumulation 2 (the same training): about 200 MiB" in line for line in lines)
     assert any("--gradient-checkpointing" in line for line in lines)
 

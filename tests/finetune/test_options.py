@@ -15,6 +15,7 @@ from .helpers import ROOT, finished, parse_output
     "changed",
     [
         pytest.param(["--bits", "16"], id="16-bit"),
+        pytest.param(["--bits", "8"], id="8-bit"),
         pytest.param(["--precision", "bf16"], id="bf16"),
         pytest.param(["--packing"], id="packing"),
         pytest.param(["--optimizer", "adafactor"], id="adafactor"),

@@ -1,5 +1,6 @@
 """python -m peft_fast.finetune: the whole command on a tiny model, its checkpoints and its ends."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft_fast
-from peft_fast.finetune import base_model, report, run
+from peft_fast.finetune import base_model, report, run, verify
 from peft_fast.finetune.options import Options, UserError, parse
 from peft_fast.finetune.trainer import make_trainer
 
 from .helpers import CHECKPOINT, ROOT, adapter, finished
+
+find = importlib.util.find_spec
 
 
 def test_the_command(model_folder, data_file, tmp_path):
@@ -125,14 +128,66 @@ def test_the_newest_checkpoint_has_the_highest_step(arguments, tmp_path, capsys)
         assert message in capsys.readouterr().err
 
 
-def test_a_subset_of_the_layers_learns_on_a_cpu(arguments, tmp_path):
-    """bitsandbytes' own forward, which the other layers would run, repacks weights in eval mode and loses gradients."""
-    metrics = finished([*arguments, "--target-modules", "q_proj,v_proj", "--steps", "8"])
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_a_subset_of_the_layers_learns_on_a_cpu(arguments, tmp_path, bits):
+    """The other layers run bitsandbytes' own forward, which would repack weights in eval mode and lose gradients."""
+    metrics = finished([*arguments, "--target-modules", "q_proj,v_proj", "--steps", "8", "--bits", bits])
     names = adapter(tmp_path / "run")
     assert {name.split(".")[-3] for name in names} == {"q_proj", "v_proj"}
     assert all(weight.abs().max() > 0 for weight in names.values())
     assert metrics["heldout_loss"]["after"] < metrics["heldout_loss"]["before"]
     assert metrics["heldout_loss"]["adapter_disabled"] == metrics["heldout_loss"]["before"]
+
+
+def test_8_bits(arguments, tmp_path, monkeypatch):
+    """The adapter on a reloaded base, and the same training with bitsandbytes' layers and without bitsandbytes."""
+    with_it = finished([*arguments, "--bits", "8"])
+    losses = with_it["heldout_loss"]
+    assert losses["after"] < losses["before"] - 0.05
+    assert losses["adapter_disabled"] == losses["before"]
+    assert verify.heldout_loss(tmp_path / "run") == losses["after"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "bitsandbytes" else find(name))
+    without = finished([*arguments, "--bits", "8", "--output", str(tmp_path / "ours")])
+    assert without["train_losses"] == with_it["train_losses"]
+    assert without["heldout_loss"] == losses
+
+
+@pytest.mark.slow
+def test_verifying_8_bits_in_a_fresh_process(arguments, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    losses = finished([*arguments, "--bits", "8", "--verify"])["heldout_loss"]
+    assert losses["reloaded"] == losses["after"]
+
+
+def test_which_layers_a_base_has(arguments, model_folder, tmp_path, monkeypatch):
+    """bitsandbytes' where it is installed; ours where not, and where bitsandbytes would run and be wrong on a CPU."""
+
+    def classes(folder, *changed):
+        base = base_model.load_base(parse([*arguments, "--model", str(folder), *changed]))
+        return {type(m).__name__ for name, m in base.named_modules() if name.endswith("_proj")}
+
+    uneven = LlamaConfig.from_pretrained(model_folder, hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+    LlamaForCausalLM(uneven).save_pretrained(tmp_path / "uneven")
+    some = ("--target-modules", "q_proj")
+    assert classes(model_folder, *some) == classes(tmp_path / "uneven") == {"Linear4bit"}
+    assert classes(tmp_path / "uneven", *some) == {"QuantizedLinear"}
+    assert classes(tmp_path / "uneven", *some, "--bits", "8") == {"Linear8bitLt"}
+    assert classes(tmp_path / "uneven", *some, "--bits", "16") == {"Linear"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "bitsandbytes" else find(name))
+    assert classes(model_folder) == classes(model_folder, "--bits", "8") == {"QuantizedLinear"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_is_stored_quantised(arguments, tmp_path, bits, capsys):
+    stored = tmp_path / "stored"
+    base_model.load_base(parse([*arguments, "--bits", str(bits)])).save_pretrained(stored)
+    base_model.load_tokenizer(arguments[1]).save_pretrained(stored)
+    fresh = finished([*arguments, "--bits", str(bits), "--output", str(tmp_path / "fresh")])
+    assert finished([*arguments, "--model", str(stored), "--bits", str(bits)])["train_losses"] == fresh["train_losses"]
+    again = [*arguments, "--model", str(stored), "--output", str(tmp_path / "again")]
+    for other in {4, 8, 16} - {bits}:
+        assert run.main([*again, "--bits", str(other)]) == 1
+        assert f"is stored in {bits} bits: use --bits {bits}; --bits {other} needs" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(arguments, tmp_path):
@@ -201,10 +256,11 @@ def test_metrics_are_strict_json(arguments, tmp_path):
     assert (document["a"], document["b"]) == (None, [[1, None]])
 
 
-def test_peft_and_bitsandbytes_reach_the_same_loss(arguments):
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_peft_and_bitsandbytes_reach_the_same_loss(arguments, bits):
     from bench import finetune_parity
 
-    options = parse([*arguments, "--steps", "20"])
+    options = parse([*arguments, "--steps", "20", "--bits", bits])
     result = finetune_parity.compare(options)
     assert result["peft_fast"]["after"] < result["peft_fast"]["before"] - 0.3
     assert result["relative_difference_after"] < 1e-5

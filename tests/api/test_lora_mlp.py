@@ -1,0 +1,533 @@
+"""MLPs that run as one op: which, when not, that nothing else about them changes, and that they compute the same."""
+
+import copy
+import io
+import pickle
+
+import accelerate
+import bitsandbytes
+import peft
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.activations import ACT2FN
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import peft_fast
+from peft_fast import LoraConfig, PeftModel, explain, get_peft_model, quantize_linear_layers, set_lora_mlp
+from peft_fast.dispatch import use_backend
+from peft_fast.testing import assert_as_accurate_as_torch, relative_error
+from peft_fast.tuners.base_weight import base_weight
+from peft_fast.tuners.lora.mlp import LoraMLP
+
+K, N = 64, 128
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+
+
+class Gated(nn.Module):
+    """Somebody's own MLP, with the forward that is meant."""
+
+    def __init__(self, act=None, bias=True, dtype=torch.float32):
+        super().__init__()
+        self.gate_proj = nn.Linear(K, N, bias, dtype=dtype)
+        self.up_proj = nn.Linear(K, N, bias, dtype=dtype)
+        self.down_proj = nn.Linear(N, K, bias, dtype=dtype)
+        self.act_fn = nn.SiLU() if act is None else act
+
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Inherits(Gated):
+    pass
+
+
+class Scaled(Gated):
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)) * 2
+
+
+class Swapped(Gated):
+    """The other one through the activation: the same instructions on other names."""
+
+    def forward(self, hidden):
+        return self.down_proj(self.act_fn(self.up_proj(hidden)) * self.gate_proj(hidden))
+
+
+class Dropping(Gated):
+    def forward(self, hidden):
+        h = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
+        return self.down_proj(F.dropout(h, 0.5, self.training))
+
+
+class Calling(Gated):
+    def __call__(self, hidden):
+        return 2 * super().__call__(hidden)
+
+
+class Block(nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def adapted(mlp=None, trained=True, **options):
+    """A model around an MLP whose adapters do something."""
+    config = LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
+    model = get_peft_model(Block(Gated() if mlp is None else mlp), config)
+    if trained:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def mlp_of(model):
+    return model.base_model.model.mlp
+
+
+def row(model):
+    """(route, because) of the first MLP."""
+    (found, *_) = [row for row in explain(model, show=False).rows if row.name.endswith("mlp")]
+    return found.route, found.because
+
+
+def results(model, x, mode=None, seed=5):
+    """Output and every gradient, in this mode."""
+    if mode:
+        set_lora_mlp(model, mode)
+    torch.manual_seed(seed)
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def four_bit(mlp, dtype=torch.float32):
+    for name in TARGETS:
+        linear = getattr(mlp, name)
+        has_bias = linear.bias is not None
+        layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, has_bias, compute_dtype=dtype)
+        layer.load_state_dict(linear.state_dict())
+        setattr(mlp, name, layer.to("cpu"))
+    return mlp
+
+
+class TestWhich:
+    @pytest.mark.parametrize(
+        "config", [MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config, Gemma3TextConfig]
+    )
+    def test_transformers_models(self, config):
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+        base = AutoModelForCausalLM.from_config(config(**sizes, num_key_value_heads=1, vocab_size=32, pad_token_id=0))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+        assert row(model)[0] == "mlp"
+        ids = torch.randint(1, 32, (2, 5))
+        fused = model(ids).logits
+        set_lora_mlp(model, "off")
+        torch.testing.assert_close(fused, model(ids).logits)
+
+    @pytest.mark.parametrize("cls", [Gated, Inherits])
+    def test_somebodys_own_with_the_same_forward(self, cls):
+        model = adapted(cls())
+        assert row(model)[0] == "mlp"
+        assert isinstance(mlp_of(model), cls)
+
+    @pytest.mark.parametrize("cls", [Scaled, Swapped, Dropping, Calling])
+    def test_look_alikes_run_as_they_are(self, cls):
+        mlp = cls()
+        model, x = adapted(mlp), torch.randn(3, K)
+        assert type(mlp) is cls
+        assert row(model) == ("layers", f"{cls.__name__}.forward is not known to be down(act(gate(x)) * up(x))")
+        layers = {name: getattr(mlp, name) for name in TARGETS}
+        torch.manual_seed(0)
+        y = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(y, cls.__call__(mlp, x) if cls is Calling else cls.forward(mlp, x))
+        plain = layers["down_proj"](F.silu(layers["gate_proj"](x)) * layers["up_proj"](x))
+        assert relative_error(y, plain) > 0.1
+
+    def test_a_transformers_look_alike(self):
+        """Gemma3n drops most of its gates out."""
+        from transformers import Gemma3nTextConfig
+
+        config = Gemma3nTextConfig(
+            hidden_size=K, intermediate_size=N, num_hidden_layers=1, activation_sparsity_pattern=[0.9]
+        )
+        assert row(adapted(Gemma3nTextMLP(config, 0)))[0] == "layers"
+
+    @pytest.mark.parametrize(
+        "name", ["silu", "swish", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new"]
+    )
+    def test_activations_by_the_names_of_model_configs(self, name):
+        model, x = adapted(Gated(ACT2FN[name])), torch.randn(9, K)
+        assert row(model)[0] == "mlp"
+        fused, unfused = results(model, x, "fused"), results(model, x, "off")
+        for key, value in unfused.items():
+            torch.testing.assert_close(fused[key], value, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), F.silu, F.gelu], ids=str)
+    def test_torchs_own_activations(self, act):
+        model, x = adapted(Gated(act)), torch.randn(9, K)
+        assert row(model)[0] == "mlp"
+        torch.testing.assert_close(results(model, x, "fused")["x"], results(model, x, "off")["x"])
+
+    @pytest.mark.parametrize("name", ["relu", "quick_gelu", "gelu_fast", "gelu_10", "relu2"])
+    def test_other_activations_stand_down(self, name):
+        route, because = row(adapted(Gated(ACT2FN[name])))
+        assert route == "layers"
+        assert because.startswith("its activation is none of")
+
+
+class TestTheSame:
+    @pytest.mark.parametrize("targets", [TARGETS, ["gate_proj", "up_proj"], ["down_proj"]], ids=len)
+    @pytest.mark.parametrize("kind", ["dense", "bitsandbytes", "ours", "ours-int8"])
+    @pytest.mark.parametrize("p", [0.0, 0.2])
+    def test_as_layer_by_layer(self, kind, targets, p):
+        """The same masks from the same seed, the same gradients, whether x is kept or g and u too."""
+        mlp = Gated()
+        if kind == "bitsandbytes":
+            four_bit(mlp)
+        elif kind != "dense":
+            quantize_linear_layers(mlp, 8 if kind.endswith("int8") else 4)
+        model = adapted(mlp, target_modules=targets, lora_dropout=p, lora_bias=True)
+        if kind == "ours-int8" and len(targets) < 3:
+            assert row(model)[1].endswith("has no adapter and multiplies in 8 bits")
+        else:
+            assert row(model)[0] == "mlp"
+        x = torch.randn(2, 6, K)
+        unfused = results(model, x, "off")
+        for mode in ("fused", "recompute"):
+            fused = results(model, x, mode)
+            assert fused.keys() == unfused.keys()
+            for name, value in unfused.items():
+                torch.testing.assert_close(fused[name], value, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_as_accurate_as_peft_in_a_fp32_stream(self, autocast, seed):
+        """4-bit layers that compute in bf16 under a fp32 residual stream. peft returns fp32 from gate and up and takes
+        the activation there; ours keeps them in bf16 and rounds h once, as the next layer would. Against fp64 on the
+        dequantised weights: never worse than our layers one by one, and under autocast than peft (without it, peft runs
+        A and B in fp32, and our layers in bf16, fused or not)."""
+        torch.manual_seed(seed)
+        mlp = four_bit(Gated(bias=False).to(torch.bfloat16), torch.bfloat16)
+        twin, x = copy.deepcopy(mlp), torch.randn(64, K)
+        ours = adapted(mlp)
+        theirs = peft.get_peft_model(Block(twin), _peft_config())
+        exact = Block(Gated(bias=False)).double()
+        for name in TARGETS:
+            weight = base_weight(getattr(mlp, name).base_layer)
+            getattr(exact.mlp, name).weight.data = peft_fast.ops.dequantize(weight, torch.float32).double()
+        exact = get_peft_model(exact, LoraConfig(r=4, target_modules=TARGETS), autocast_adapter_dtype=False).double()
+        adapters = {name: value for name, value in ours.state_dict().items() if "lora_" in name}
+        for model in (theirs, exact):
+            assert not model.load_state_dict(adapters, strict=False).unexpected_keys
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            fused, unfused, by_peft = results(ours, x, "fused"), results(ours, x, "off"), results(theirs, x)
+        truth = results(exact, x.double(), "off")
+        assert fused.keys() == by_peft.keys() == truth.keys()
+        for name, value in fused.items():
+            assert value.dtype == unfused[name].dtype
+            yardstick = by_peft if autocast else unfused
+            assert_as_accurate_as_torch(name, value, yardstick[name], truth[name], torch.bfloat16)
+            if not autocast and name != "x":  # dx alone is added up in another order
+                assert torch.equal(value, unfused[name])
+
+    def test_an_input_that_needs_no_gradient(self):
+        model, x = adapted(), torch.randn(4, K)
+        model(x).sum().backward()
+        fused = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        set_lora_mlp(model, "off")
+        model.zero_grad()
+        model(x).sum().backward()
+        for name, grad in fused.items():
+            torch.testing.assert_close(grad, model.get_parameter(name).grad)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("mode", ["fused", "recompute"])
+    def test_checkpointing_gives_identical_gradients(self, llama, tokens, reentrant, mode):
+        grads = []
+        for checkpoint in (False, True):
+            torch.manual_seed(0)
+            base = llama()
+            if checkpoint:
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)).train()
+            set_lora_mlp(model, mode)
+            torch.manual_seed(1)
+            model(tokens, labels=tokens).loss.backward()
+            grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert grads[0].keys() == grads[1].keys()
+        assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+    @pytest.mark.parametrize("train", [True, False])
+    def test_compiles_whole_with_two_graphs_as_m_varies(self, train):
+        model = adapted(lora_dropout=0.1 if train else 0.0).train(train)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(mlp_of(model), backend=counter, fullgraph=True)
+        for M in (2, 5, 8, 16, 33, 3):
+            outs = []
+            for function in (compiled, mlp_of(model)):
+                torch.manual_seed(M)
+                x = torch.randn(1, M, K, requires_grad=train)
+                with torch.set_grad_enabled(train):
+                    outs.append([function(x)])
+                if train:
+                    outs[-1] += torch.autograd.grad(outs[-1][0].sum(), [x, *_trained(model)])
+            assert all(torch.equal(a, b) for a, b in zip(*outs))
+        assert counter.frame_count <= 2
+
+    def test_generate(self, llama, tokens):
+        model = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+        assert row(model)[0] == "mlp"
+        fused = model.generate(input_ids=tokens, max_new_tokens=8, do_sample=False)
+        set_lora_mlp(model, "off")
+        assert torch.equal(fused, model.generate(input_ids=tokens, max_new_tokens=8, do_sample=False))
+
+
+def _trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class TestTheModule:
+    def test_nothing_else_changes(self):
+        mlp = Gated()
+        names, attributes, identity = list(dict(mlp.named_modules())), set(vars(mlp)), id(mlp)
+        model = adapted(mlp)
+        assert mlp_of(model) is mlp
+        assert id(mlp) == identity
+        assert isinstance(mlp, LoraMLP)
+        assert set(vars(mlp)) == attributes
+        assert [name for name in dict(mlp.named_modules()) if "lora" not in name and "base_layer" not in name] == names
+        assert set(model.state_dict()) == set(peft.get_peft_model(Block(Gated()), _peft_config()).state_dict())
+
+    @pytest.mark.parametrize("leave", ["unload", "merge_and_unload", "merge_to_16bit"])
+    def test_leaving_gives_the_class_back(self, leave):
+        mlp = Gated()
+        model = adapted(mlp)
+        set_lora_mlp(model, "recompute")
+        attributes = set(vars(Gated()))
+        getattr(model, leave)()
+        assert type(mlp) is Gated
+        assert set(vars(mlp)) == attributes
+
+    def test_copies(self):
+        model, x = adapted(lora_dropout=0.1), torch.randn(3, K)
+        set_lora_mlp(model, "recompute")
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+        for other in copies:
+            assert type(mlp_of(other)) is type(mlp_of(model))
+            assert mlp_of(other).lora_mlp_mode == "recompute"
+            assert mlp_of(other).gate_proj is not mlp_of(model).gate_proj
+            first, second = results(model, x), results(other, x)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_classes_are_not_changed(self):
+        before = (LlamaMLP.forward, LlamaMLP.__reduce_ex__)
+        get_peft_model(AutoModelForCausalLM.from_config(MistralConfig(**_tiny())), LoraConfig(target_modules=TARGETS))
+        assert (LlamaMLP.forward, LlamaMLP.__reduce_ex__) == before
+        assert not isinstance(Gated(), LoraMLP)
+
+    def test_hooks_on_the_mlp_itself_still_run(self):
+        model, seen = adapted(), []
+        mlp_of(model).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        assert row(model)[0] == "mlp"
+        model(torch.randn(3, K))
+        assert seen == [(3, K)]
+
+    def test_an_mlp_without_adapters_is_left_alone(self):
+        block = nn.ModuleDict({"mlp": Gated(), "other": nn.Linear(K, K)})
+        get_peft_model(block, LoraConfig(target_modules=["other"]))
+        assert type(block["mlp"]) is Gated
+
+    def test_a_second_adapter_keeps_the_mode(self, tmp_path):
+        model = adapted()
+        set_lora_mlp(model, "off")
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"]))
+        assert row(model) == ("layers", "switched off by set_lora_mlp")
+        set_lora_mlp(model, "fused")
+        model.set_adapter("other")
+        assert row(model)[0] == "mlp"
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(Block(Gated()), tmp_path)
+        assert isinstance(mlp_of(again), LoraMLP)
+
+    def test_bad_calls(self):
+        with pytest.raises(ValueError, match="mode must be one of fused, recompute, off, got 'on'"):
+            set_lora_mlp(adapted(), "on")
+        with pytest.raises(ValueError, match=r"no gated MLP with LoRA .* explain\(model\) says why"):
+            set_lora_mlp(adapted(Scaled()), "off")
+
+
+def _peft_config():
+    return peft.LoraConfig(r=4, target_modules=TARGETS)
+
+
+def _tiny():
+    return dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32,
+    )  # fmt: skip
+
+
+def _hook_on(name):
+    def change(model):
+        mlp_of(model).get_submodule(name).register_forward_hook(lambda module, args, out: out * 1.5)
+
+    return change
+
+
+def _own_forward(model):
+    """As Liger and kernels do it."""
+    mlp = mlp_of(model)
+    mlp.forward = lambda x: 2 * mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def _two_active(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def _offloaded(model):
+    base = mlp_of(model).up_proj.base_layer
+    accelerate.hooks.add_hook_to_module(base, accelerate.hooks.AlignDevicesHook("cpu", offload=True))
+
+
+def _one_merged(model):
+    mlp_of(model).up_proj.merge()
+
+
+def _trainable_weight(model):
+    mlp_of(model).up_proj.base_layer.weight.requires_grad_(True)
+
+
+def _own_backend(model):
+    mlp_of(model).up_proj.backend = "torch"
+
+
+class _Wrapper(nn.Module):  # FSDP's stands for the module, too
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x) * 1.5
+
+
+def _wrapped(model):
+    mlp_of(model).up_proj = _Wrapper(mlp_of(model).up_proj)
+
+
+def _other_kind_of_layer(model):
+    class Dora(type(mlp_of(model).up_proj)):
+        def forward(self, x):
+            return 1.5 * super().forward(x)
+
+    mlp_of(model).up_proj.__class__ = Dora
+
+
+def _activation_hook(model):
+    mlp_of(model).act_fn.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+STANDS_DOWN = [
+    (_hook_on("gate_proj"), "gate_proj has hooks or a forward of its own"),
+    (_hook_on("up_proj.base_layer"), "up_proj must be called: its base layer, a Linear, has hooks"),
+    (_activation_hook, "its activation is none of"),
+    (_own_forward, "its forward was replaced"),
+    (_two_active, "gate_proj has several active adapters"),
+    (_offloaded, "up_proj must be called: its base layer, a Linear, has hooks or a forward of its own"),
+    (_one_merged, "up_proj has merged adapters"),
+    (_trainable_weight, "up_proj has a weight that is trained"),
+    (_own_backend, "its layers have different backends"),
+    (_wrapped, "up_proj must be called: its base layer, a _Wrapper, has"),
+    (_other_kind_of_layer, "up_proj is a Dora"),
+    (lambda model: model.base_model.disable_adapter_layers(), "no adapter is in effect"),
+    (lambda model: model.base_model.model.mlp.up_proj.to(torch.float64), "its layers multiply in different dtypes"),
+    (lambda model: set_lora_mlp(model, "off"), "switched off by set_lora_mlp"),
+]
+
+
+class TestStandingDown:
+    @pytest.mark.parametrize(("change", "because"), STANDS_DOWN, ids=[because for _, because in STANDS_DOWN])
+    def test_a_reason_is_given_and_the_layers_are_called(self, change, because, monkeypatch):
+        model, x = adapted(), torch.randn(3, K)
+        change(model)
+        route, reason = row(model)
+        assert route == "layers"
+        assert reason.startswith(because)
+        called = []
+        monkeypatch.setattr(peft_fast.ops, "lora_mlp", lambda *args, **kwargs: called.append(1))
+        mlp = mlp_of(model)
+        if "different dtypes" in because:
+            with pytest.raises((RuntimeError, TypeError)):  # as it would without us
+                model(x)
+            return
+        y = model(x)
+        expected = vars(mlp).get("forward", lambda x: Gated.forward(mlp, x))(x)
+        torch.testing.assert_close(y, expected)
+        assert not called
+
+    def test_everything_merged(self):
+        model, x = adapted(), torch.randn(3, K)
+        y = model(x)
+        model.merge_adapter()
+        assert row(model) == ("layers", "gate_proj has merged adapters")
+        torch.testing.assert_close(model(x), y)
+        model.unmerge_adapter()
+        assert row(model)[0] == "mlp"
+
+    def test_keyword_arguments_and_wrong_inputs_go_to_the_mlps_own_forward(self):
+        mlp, x = mlp_of(adapted()), torch.randn(3, K)
+        assert torch.allclose(mlp(hidden=x), mlp(x))
+        with pytest.raises(TypeError, match="positional argument"):
+            mlp(x, x)
+        with pytest.raises(TypeError, match="x is torch.bfloat16 but the weight is torch.float32"):
+            mlp(x.bfloat16())
+
+    def test_hooks_for_all_modules(self):
+        model, seen = adapted(), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+        try:
+            assert row(model) == ("layers", "there are hooks for all modules")
+            model(torch.randn(3, K))
+        finally:
+            handle.remove()
+        assert nn.SiLU in seen
+        assert row(model)[0] == "mlp"
+
+    def test_a_class_that_is_patched_afterwards(self, monkeypatch):
+        class Patched(Gated):
+            pass
+
+        model, x = adapted(Patched()), torch.randn(3, K)
+        y = model(x)
+        monkeypatch.setattr(Gated, "forward", lambda self, x: 2 * y)
+        assert row(model) == ("layers", "its class's forward was replaced")
+        assert torch.equal(model(x), 2 * y)
+
+    def test_a_backend_asked_for_by_name_is_refused_where_it_cannot_run(self):
+        model = adapted()
+        with use_backend("triton"), pytest.raises(peft_fast.dispatch.TritonUnsupported):
+            model(torch.randn(2, K))

@@ -1,6 +1,7 @@
 """Models on bitsandbytes' 4- and 8-bit layers, as from_pretrained makes them: training, evaluating, saving."""
 
 import copy
+import pickle
 import warnings
 
 import peft
@@ -114,6 +115,31 @@ def test_the_layers_may_not_repack_while_there_is_an_adapter_and_may_again_after
     assert repackable(base) == before
     assert not repackable(twin)
     assert len(repackable(twin.merge_and_unload())) == 14
+
+
+def test_a_4bit_layer_with_hooks_is_called_and_not_repacked(load, tokens):
+    """What a hook does must happen, so the layer itself runs, in eval mode too."""
+    model = adapted(peft_fast, load("llama", 4), target_modules="all-linear", init_lora_weights=False)
+    layer, modes = model.base_model.model.model.layers[0].mlp.up_proj.base_layer, []
+    before = layer.weight.data.clone()
+    layer.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    with torch.no_grad():
+        model.eval()(tokens)
+    assert modes == [False]
+    assert torch.equal(layer.weight.data, before)
+    losses(model, tokens, 2, evaluate=True)
+
+
+@every_width
+def test_copies_and_pickles_are_the_same_model(load, trained, tokens, bits):
+    model = trained(adapted(peft_fast, load("qwen2", bits), target_modules="all-linear"))
+    expected = model.train()(tokens).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(tokens).logits, expected)
+        losses(twin, tokens, 2, evaluate=True)
+        twin.merge_and_unload()
+        assert len(repackable(twin)) == len(model.base_model._kept_unpacked)
+    assert torch.equal(model(tokens).logits, expected)
 
 
 def test_layers_that_are_repacked_already_are_unpacked(load, tokens):

@@ -183,8 +183,8 @@ def test_opcheck(base):
     opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, base, 0.1), "torch")
 
 
-def opcheck_all(case: MlpCase, backend: str) -> None:
-    """torch's own checks of schema, fake tensors and tracing, forward and backward."""
+def opcheck_all(case: MlpCase, backend: str, kinds=tuple(itertools.product((False, True), repeat=2))) -> None:
+    """torch's own checks of schema, fake tensors and tracing, forward (training, recompute: `kinds`) and backward."""
     packed = [case.projections[name].tensors() for name in NAMES]
     tensors, fmts = [part for part, _ in packed], [fmt for _, fmt in packed]
     scales, ps = ([getattr(p, part) for p in case.projections.values()] for part in ("scale", "dropout_p"))
@@ -192,7 +192,7 @@ def opcheck_all(case: MlpCase, backend: str) -> None:
     F, none = tensors[0][4].shape[0] if not fmts[0] else 48, case.x.new_empty(0)
     g, u = torch.randn(2, case.x.shape[0], F)
     s = [torch.randn(case.x.shape[0], 0 if t[0] is None else t[0].shape[0]) for t in tensors]
-    lib, kinds = torch.ops.peft_fast, itertools.product((False, True), repeat=2)
+    lib = torch.ops.peft_fast
     for training, recompute in kinds:
         torch.library.opcheck(
             lib.lora_mlp.default, (case.x, *given, case.x.dtype, training, recompute, backend, "auto")
@@ -264,4 +264,4 @@ def test_the_triton_route_for_no_tokens(device):
 @pytest.mark.kernel
 def test_opcheck_of_the_triton_route(device):
     if device == "cpu":
-        opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, "nf4", 0.1), "triton")
+        opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, "dense", 0.1), "triton", [(True, False)])

@@ -183,7 +183,10 @@ def test_opcheck(base):
     opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, base, 0.1), "torch")
 
 
-def opcheck_all(case: MlpCase, backend: str, kinds=tuple(itertools.product((False, True), repeat=2))) -> None:
+KINDS = list(itertools.product((False, True), repeat=2))
+
+
+def opcheck_all(case: MlpCase, backend: str, kinds: list[tuple[bool, bool]] = KINDS) -> None:
     """torch's own checks of schema, fake tensors and tracing, forward (training, recompute: `kinds`) and backward."""
     packed = [case.projections[name].tensors() for name in NAMES]
     tensors, fmts = [part for part, _ in packed], [fmt for _, fmt in packed]

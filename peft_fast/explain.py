@@ -41,7 +41,7 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     With `show` False nothing is printed.
 
     layer        its name in the model
-    base weight  dtype of a dense weight; type, block size and kind of scales of a 4-bit one
+    base weight  dtype of a dense weight; type, block size and kind of scales of a k-bit one
     route        what a forward runs now: "split", "fused" or "merge" in Triton, "reference" in plain torch, "base"
                  where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise.
                  Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called
@@ -71,6 +71,8 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
 def describe(weight: Tensor | QuantizedWeight) -> str:
     """A weight's format in a few words: "bfloat16", "nf4, blocks of 64, nested scales"."""
     if isinstance(weight, QuantizedWeight):
+        if weight.bits == 8:
+            return f"{weight.quant_type}, a scale a row"
         scales = "nested" if weight.nested else "plain"
         return f"{weight.quant_type}, blocks of {weight.blocksize}, {scales} scales"
     return str(weight.dtype).removeprefix("torch.")

@@ -34,7 +34,10 @@ def test_one_row_per_layer_with_name_format_route_and_reason(capsys):
     assert list(rows) == ["base_model.model.q", "base_model.model.k"]
     assert rows["base_model.model.q"].base == "float32"
     assert rows["base_model.model.k"].base == "fp4, blocks of 64, plain scales"
-    assert {(row.route, row.because) for row in rows.values()} == {("reference", "the tensors are on the CPU")}
+    assert {row.route for row in rows.values()} == {"reference"}
+    assert rows["base_model.model.q"].because == "the tensors are on the CPU"
+    by_bitsandbytes = "the tensors are on the CPU; base product: dequantize by bitsandbytes"
+    assert rows["base_model.model.k"].because == by_bitsandbytes
     first = str(explanation).splitlines()[0]
     assert first.split() == ["layer", "base", "weight", "route", "because"]
 
@@ -42,6 +45,22 @@ def test_one_row_per_layer_with_name_format_route_and_reason(capsys):
 def test_our_own_quantised_layers():
     (row, *_) = explain(adapted("ours"), show=False).rows
     assert row.base == "nf4, blocks of 64, nested scales"
+
+
+def test_8_bit_layers():
+    model = get_peft_model(quantize_linear_layers(Net("ours"), bits=8), LoraConfig(target_modules=["q", "k"]))
+    (row, *_) = explain(model, show=False).rows
+    assert (row.base, row.because) == ("int8, a scale a row", "the tensors are on the CPU")
+
+
+def test_it_follows_the_tokens(monkeypatch):
+    """As on a GPU: generating, a short batch, a long one."""
+    from bench.counts import as_on_a_gpu
+
+    model = adapted("ours").eval()
+    with as_on_a_gpu(), torch.no_grad():
+        routes = [explain(model, tokens=tokens, show=False).rows[0].route for tokens in (1, 64, 4096)]
+    assert routes == ["fused", "split", "split"]  # fp32; in 16 bits the last is merge (test_table.py)
 
 
 def test_it_follows_the_backend_that_is_asked_for():

@@ -94,7 +94,9 @@ def test_before_tensor_cores_in_triton(card):
     card(75)
     half = dict(dtype=torch.float16)
     with pytest.warns(UserWarning, match="older than sm_80") if not dispatch._warned_of_fallback else _nothing():
-        assert table.linear(call(1, **half), "auto").route == REFERENCE
+        choice = table.linear(call(1, **half), "auto")
+    assert choice.route == REFERENCE
+    assert choice.because.endswith("no tensor cores; base product: fused by triton")
     assert table.product(call(1, **half), "auto").route == "fused"  # the GEMV
     assert table.product(call(64, **half), "auto").route == "bitsandbytes"
     assert table.product(call(64), "auto").route == "dequantize"  # bf16

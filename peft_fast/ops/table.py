@@ -172,9 +172,12 @@ def linear(call: Call, backend: Backend, route: Route = "auto") -> Choice:
         if problem := _why_not_route(route, call, can):
             raise ValueError(f"route {route} was asked for, but {problem}; route auto would take what can")
         return Choice("lora_linear", route, "asked for", can.backend)
-    if can.backend == "torch" or not call.fmt:
+    if not call.fmt:
         return can
     base = product(call, backend)
+    if can.backend == "torch":  # LoRA is; the base weight may be in other hands
+        others = "" if base.backend == "torch" else f"; base product: {base.route} by {base.backend}"
+        return Choice("lora_linear", can.route, can.because + others)
     if base.route == "fused":
         return Choice("lora_linear", "fused", base.because, "triton")
     if _merges(call):

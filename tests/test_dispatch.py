@@ -96,6 +96,7 @@ def test_importing_does_not_import_the_libraries_of_tests_nor_triton():
 
 def test_the_reasons_for_a_gpu(monkeypatch):
     """The rules for devices that are not here: capability, kernels' own limits, the interpreter."""
+    monkeypatch.setattr(dispatch, "_warned_of_fallback", False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
     with_dot = Op("with_dot", "split", lambda dtype: None)

@@ -89,11 +89,12 @@ def test_a_dense_layer_is_split(card):
         assert table.linear(call(tokens, quant_type=""), "auto").route == "split"
 
 
-def test_before_tensor_cores_in_triton(card):
+def test_before_tensor_cores_in_triton(card, monkeypatch):
     """A T4: LoRA in torch, the weight by whatever needs no tl.dot."""
+    monkeypatch.setattr(dispatch, "_warned_of_fallback", False)
     card(75)
     half = dict(dtype=torch.float16)
-    with pytest.warns(UserWarning, match="older than sm_80") if not dispatch._warned_of_fallback else _nothing():
+    with pytest.warns(UserWarning, match="older than sm_80"):
         choice = table.linear(call(1, **half), "auto")
     assert choice.route == REFERENCE
     assert choice.because.endswith("no tensor cores; base product: fused by triton")
@@ -103,12 +104,6 @@ def test_before_tensor_cores_in_triton(card):
     choice = table.product(call(512, **half), "auto")
     assert (choice.route, choice.backend) == ("dequantize", "triton")
     assert table.product_dx(call(1, **half), "auto").route == "dequantize"
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_every_pick_says_why(card):

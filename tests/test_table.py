@@ -58,9 +58,11 @@ def picks(c: Call) -> tuple[str, str, str]:
     ],
 )
 def test_the_table_of_4_bits(card, capability, tokens, expected):
+    """With dropout, which rules out merging, and without where it would be too early."""
     card(capability)
-    assert picks(call(tokens)) == expected
     assert picks(call(tokens, p=0.1)) == expected
+    if tokens < table.MERGE_M:
+        assert picks(call(tokens)) == expected
 
 
 def test_what_bitsandbytes_cannot_take_is_ours(card):
@@ -75,12 +77,18 @@ def test_what_neither_can_take_is_dequantised(card):
     assert picks(call(64, "int8", K=4108, nested=0)) == ("dequantize", "split", "split")
 
 
-def test_merging_is_for_inference_without_dropout(card):
+def test_merging(card):
+    """16 bits, no dropout, enough tokens; in training also enough weights, and then in both directions."""
     card(90)
+    assert picks(call(table.MERGE_M)) == ("dequantize", "merge", "merge")
     assert picks(call(table.MERGE_M, training=False))[1] == "merge"
-    assert picks(call(table.MERGE_M - 1, training=False))[1] == "split"
-    assert picks(call(4096, training=False, p=0.1))[1] == "split"
-    assert picks(call(4096, training=False, dtype=torch.float32))[1] == "split"
+    assert picks(call(table.MERGE_M - 1))[1:] == ("split", "split")
+    assert picks(call(4096, p=0.1))[1:] == ("split", "split")
+    assert picks(call(4096, dtype=torch.float32))[1:] == ("split", "split")
+    small = call(4096, K=64)._replace(N=table.MERGE_IN_TRAINING // 64 - 1)
+    assert picks(small)[1:] == ("split", "split")
+    assert picks(small._replace(N=small.N + 1))[1:] == ("merge", "merge")
+    assert picks(small._replace(training=False))[1] == "merge"
 
 
 def test_a_dense_layer_is_split(card):
@@ -110,8 +118,8 @@ def test_every_pick_says_why(card):
     card(89)
     assert choose(call(64)).because == "bitsandbytes: 64 tokens, at most 128 on sm_89 (prior: bitsandbytes' table)"
     assert choose(call(4)).because == "4 tokens, at most 8"
-    assert choose(call(1024)).because == "dequantize: card 89 (sm_89)"
-    assert choose(call(1024, training=False)).because == "1024 tokens, at least 256, no dropout"
+    assert choose(call(1024, p=0.1)).because == "dequantize: card 89 (sm_89)"
+    assert choose(call(1024)).because == "1024 tokens, at least 256, no dropout"
     assert choose(call(64), route="merge").because == "asked for"
     assert choose(call(64), "torch").route == REFERENCE
 

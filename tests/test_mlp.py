@@ -59,12 +59,15 @@ def test_fp32_residual_stream(base, p):
         assert_as_accurate_as_torch(name, value, by_torch[name].to(value.dtype), exact[name], BF16)
 
 
-def test_autocast():
+@pytest.mark.parametrize("x_dtype", [FP32, BF16], ids=str)
+def test_autocast(x_dtype):
+    """fp32 weights, and an x that may have been cast already by the layer before."""
     case = make_case(64, 64, 128, (8, 8, 8), FP32, FP32, "dense", 0.1)
+    case = replace(case, x=case.x.to(x_dtype))
     with torch.autocast("cpu", BF16):
         got = case.run()
         by_torch = autograd_truth(case, lambda t: t)
-    exact = truth(case)
+    exact = autograd_truth(case, torch.Tensor.double)
     assert got["y"].dtype == BF16
     for name, value in got.items():
         assert_as_accurate_as_torch(name, value, by_torch[name].to(value.dtype), exact[name], BF16)

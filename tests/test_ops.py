@@ -159,9 +159,12 @@ def test_the_two_halves(dtype, p):
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_autocast_casts_x_and_nothing_else(base):
-    """fp32 x, A, B and base under bf16 autocast: as accurate as torch under autocast, and no fp32 copy is kept."""
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_casts_x_and_nothing_else(base, x_dtype):
+    """fp32 A, B and base under bf16 autocast, x in fp32 or cast by the layer before: as accurate as torch under
+    autocast, and no fp32 copy is kept."""
     case = make_case(33, 64, 96, 8, torch.float32, torch.float32, base, 0.0)
+    case.x = case.x.to(x_dtype)
     saved = []
     with (
         torch.autocast("cpu", torch.bfloat16),

@@ -17,7 +17,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
 from .checks import check_bias, check_device, check_dropout
-from .library import define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
+from .library import autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
 
 def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, training, backend, route):
@@ -157,7 +157,7 @@ def lora_linear(
     if A.shape != (R, K) or B.shape != (N, R):
         raise ValueError(f"A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
     autocast_dtype = product_dtype(x)
-    if not fmt and dtype is None and autocast_dtype == x.dtype and tensors[0].dtype != x.dtype:
+    if not fmt and dtype is None and not autocasting(x.device.type) and tensors[0].dtype != x.dtype:
         raise TypeError(
             f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, give dtype, or use torch.autocast"
         )

@@ -22,7 +22,17 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
 from .checks import check_bias, check_device, check_dropout
-from .library import define, flatten, implementation, product_dtype, resolve, resolve_route, unflatten, weight_shape
+from .library import (
+    autocasting,
+    define,
+    flatten,
+    implementation,
+    product_dtype,
+    resolve,
+    resolve_route,
+    unflatten,
+    weight_shape,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -329,7 +339,7 @@ def lora_mlp(
     for name, projection in projections.items():
         _check(x, name, projection)
     autocast_dtype = product_dtype(x)
-    if dtype is None and autocast_dtype == x.dtype:
+    if dtype is None and not autocasting(x.device.type):
         for name, projection in projections.items():
             if isinstance(projection.weight, Tensor) and projection.weight.dtype != x.dtype:
                 raise TypeError(

@@ -46,8 +46,10 @@ def _newest(table: dict[int, dict], device: torch.device) -> dict:
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
 
-def dequantize(device: torch.device) -> dict:
-    return _newest(DEQUANTIZE, device)
+def dequantize(device: torch.device, numel: int) -> dict:
+    """The longer program only where all are full: with masks on every element it spills (sm_120)."""
+    config = _newest(DEQUANTIZE, device)
+    return DEQUANTIZE[75] if numel % config["BLOCK"] else config
 
 
 def dequantize_int8(K: int) -> dict:
@@ -123,10 +125,13 @@ GEMM_32_BIT = (
 GEMM_STAGES = {80: 4, 86: 3, 90: 4, 120: 3}
 
 
-def quant_matmul(device: torch.device, M: int, itemsize: int) -> list[dict]:
-    """The same for the forward and for dx, whose sum runs along BLOCK_N."""
+def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> list[dict]:
+    """The same for the forward and for dx, whose sum runs along BLOCK_N. Not aligned: rows of the activations do not
+    start at multiples of 16, are loaded element by element, and need eight warps for their addresses (tiles.warps)."""
     candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
     stages = _newest(GEMM_STAGES, device)
+    if not aligned:
+        return [dict(candidates[0], BLOCK_M=min(candidates[0]["BLOCK_M"], 64), num_warps=8, num_stages=2)]
     return [dict(config, num_stages=stages) for config in candidates]
 
 
@@ -135,9 +140,11 @@ def quant_matmul(device: torch.device, M: int, itemsize: int) -> list[dict]:
 GEMV = {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)}
 
 
-def quant_gemv(M: int) -> list[dict]:
+def quant_gemv(M: int, aligned: bool) -> list[dict]:
+    """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's."""
     block_m = triton.next_power_of_2(M)
-    return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in GEMV[block_m]]
+    rows = GEMV[block_m] if aligned else (GEMV[block_m][0] // 2,)
+    return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in rows]
 
 
 # How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose

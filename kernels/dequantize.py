@@ -83,7 +83,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: T
             weight.data, weight.absmax, out, N, K, WIDTH=16 // out.element_size(), enable_fp_fusion=False, **config
         )
         return out
-    config = configs.dequantize(out.device)
+    config = configs.dequantize(out.device, N * K)
     _dequantize_kernel[(triton.cdiv(N * K, config["BLOCK"]),)](
         *decode.pointers(weight), out, N * K, weight.absmax.numel(),
         G=weight.blocksize, NESTED_G=weight.nested.blocksize if weight.nested else 0,

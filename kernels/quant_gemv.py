@@ -15,7 +15,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import autotune, configs, decode
 from .reduce import sum_partials
-from .tiles import rows
+from .tiles import rows, warps
 
 MAX_M = 8  # beyond, the products outweigh the decoding, and tl.dot's smallest tile, 16, is half full
 
@@ -99,6 +99,6 @@ def quant_gemv(
         )  # fmt: skip
         return y if splits == 1 else sum_partials(y, x.dtype)
 
-    candidates = configs.quant_gemv(M)
+    candidates = configs.quant_gemv(M, warps(x) == 4)
     tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
     return launch(autotune.pick("quant_gemv", tuned_for, candidates, launch, x.device))

@@ -45,10 +45,11 @@ class Lora:
 
 
 def dequantize(weight: QuantizedWeight, dtype, backend: Backend, out: Tensor | None = None) -> Tensor:
-    """W [N, K] in `dtype`, by whoever table.dequantization names."""
+    """W [N, K] in `dtype`, by whoever table.dequantization names; into `out`, if given."""
     choice = table.dequantization(backend, weight.device, dtype, str(weight.format))
-    if choice.backend == "bitsandbytes" and out is None:
-        return bitsandbytes_kernels.dequantize(weight, dtype)
+    if choice.backend == "bitsandbytes":
+        W = bitsandbytes_kernels.dequantize(weight, dtype)
+        return W if out is None else out.copy_(W)
     return implementation(choice).dequantize(weight, dtype, out)
 
 

@@ -54,7 +54,7 @@ class Row:
     median_ms: float
     p20_ms: float
     p80_ms: float
-    speedup: float  # baseline's median / this median; above 1 is faster than the baseline
+    speedup: float  # median over the rounds of baseline's time / this time; above 1 is faster than the baseline
     peak_mib: float  # CUDA only: of one run, inputs not counted
 
 
@@ -115,7 +115,6 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> Iterator[
         for name, run in runs.items():
             times[name].append(timer(run))
     peaks = {name: _peak_mib(run, device) for name, run in runs.items()}
-    reference = statistics.median(times[baseline])
     common = dict(
         date=datetime.date.today().isoformat(),
         sha=_git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
@@ -126,7 +125,8 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> Iterator[
     for name, values in times.items():
         p20, median, p80 = (sorted(values)[round(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
         rounded = dict(median_ms=round(median, 4), p20_ms=round(p20, 4), p80_ms=round(p80, 4))
-        yield Row(**common, provider=name, **rounded, speedup=round(reference / median, 3), peak_mib=peaks[name])
+        ratio = statistics.median(base / own for base, own in zip(times[baseline], values))
+        yield Row(**common, provider=name, **rounded, speedup=round(ratio, 3), peak_mib=peaks[name])
 
 
 def _peak_mib(run: Callable[[], object], device: torch.device) -> float:

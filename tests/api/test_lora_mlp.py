@@ -1,11 +1,9 @@
-"""MLPs that run as one op: which, when not, that nothing else about them changes, and that they compute the same."""
+"""MLPs that run as one op: which, that nothing else about them changes, and that they compute the same."""
 
 import copy
 import io
 import pickle
 
-import accelerate
-import bitsandbytes
 import peft
 import pytest
 import torch
@@ -26,107 +24,28 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import peft_fast
-from peft_fast import LoraConfig, PeftModel, explain, get_peft_model, quantize_linear_layers, set_lora_mlp
-from peft_fast.dispatch import use_backend
+from peft_fast import LoraConfig, PeftModel, get_peft_model, quantize_linear_layers, set_lora_mlp
 from peft_fast.testing import assert_as_accurate_as_torch, relative_error
 from peft_fast.tuners.base_weight import base_weight
 from peft_fast.tuners.lora.mlp import LoraMLP
 
-K, N = 64, 128
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
-
-
-class Gated(nn.Module):
-    """Somebody's own MLP, with the forward that is meant."""
-
-    def __init__(self, act=None, bias=True, dtype=torch.float32):
-        super().__init__()
-        self.gate_proj = nn.Linear(K, N, bias, dtype=dtype)
-        self.up_proj = nn.Linear(K, N, bias, dtype=dtype)
-        self.down_proj = nn.Linear(N, K, bias, dtype=dtype)
-        self.act_fn = nn.SiLU() if act is None else act
-
-    def forward(self, hidden):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class Inherits(Gated):
-    pass
-
-
-class Scaled(Gated):
-    def forward(self, hidden):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)) * 2
-
-
-class Swapped(Gated):
-    """The other one through the activation: the same instructions on other names."""
-
-    def forward(self, hidden):
-        return self.down_proj(self.act_fn(self.up_proj(hidden)) * self.gate_proj(hidden))
-
-
-class Dropping(Gated):
-    def forward(self, hidden):
-        h = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return self.down_proj(F.dropout(h, 0.5, self.training))
-
-
-class Calling(Gated):
-    def __call__(self, hidden):
-        return 2 * super().__call__(hidden)
-
-
-class Block(nn.Module):
-    def __init__(self, mlp):
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x):
-        return self.mlp(x)
-
-
-def adapted(mlp=None, trained=True, **options):
-    """A model around an MLP whose adapters do something."""
-    config = LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})
-    model = get_peft_model(Block(Gated() if mlp is None else mlp), config)
-    if trained:
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def mlp_of(model):
-    return model.base_model.model.mlp
-
-
-def row(model):
-    """(route, because) of the first MLP."""
-    (found, *_) = [row for row in explain(model, show=False).rows if row.name.endswith("mlp")]
-    return found.route, found.because
-
-
-def results(model, x, mode=None, seed=5):
-    """Output and every gradient, in this mode."""
-    if mode:
-        set_lora_mlp(model, mode)
-    torch.manual_seed(seed)
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    y = model(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def four_bit(mlp, dtype=torch.float32):
-    for name in TARGETS:
-        linear = getattr(mlp, name)
-        has_bias = linear.bias is not None
-        layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, has_bias, compute_dtype=dtype)
-        layer.load_state_dict(linear.state_dict())
-        setattr(mlp, name, layer.to("cpu"))
-    return mlp
+from .lora_mlp_models import (
+    TARGETS,
+    Block,
+    Calling,
+    Dropping,
+    Gated,
+    Inherits,
+    K,
+    N,
+    Scaled,
+    Swapped,
+    adapted,
+    four_bit,
+    mlp_of,
+    results,
+    row,
+)
 
 
 class TestWhich:
@@ -389,145 +308,3 @@ def _tiny():
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=32,
     )  # fmt: skip
-
-
-def _hook_on(name):
-    def change(model):
-        mlp_of(model).get_submodule(name).register_forward_hook(lambda module, args, out: out * 1.5)
-
-    return change
-
-
-def _own_forward(model):
-    """As Liger and kernels do it."""
-    mlp = mlp_of(model)
-    mlp.forward = lambda x: 2 * mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
-
-
-def _two_active(model):
-    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-
-
-def _offloaded(model):
-    base = mlp_of(model).up_proj.base_layer
-    accelerate.hooks.add_hook_to_module(base, accelerate.hooks.AlignDevicesHook("cpu", offload=True))
-
-
-def _one_merged(model):
-    mlp_of(model).up_proj.merge()
-
-
-def _trainable_weight(model):
-    mlp_of(model).up_proj.base_layer.weight.requires_grad_(True)
-
-
-def _own_backend(model):
-    mlp_of(model).up_proj.backend = "torch"
-
-
-class _Wrapper(nn.Module):  # FSDP's stands for the module, too
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x) * 1.5
-
-
-def _wrapped(model):
-    mlp_of(model).up_proj = _Wrapper(mlp_of(model).up_proj)
-
-
-def _other_kind_of_layer(model):
-    class Dora(type(mlp_of(model).up_proj)):
-        def forward(self, x):
-            return 1.5 * super().forward(x)
-
-    mlp_of(model).up_proj.__class__ = Dora
-
-
-def _activation_hook(model):
-    mlp_of(model).act_fn.register_forward_hook(lambda module, args, out: out * 1.5)
-
-
-STANDS_DOWN = [
-    (_hook_on("gate_proj"), "gate_proj has hooks or a forward of its own"),
-    (_hook_on("up_proj.base_layer"), "up_proj must be called: its base layer, a Linear, has hooks"),
-    (_activation_hook, "its activation is none of"),
-    (_own_forward, "its forward was replaced"),
-    (_two_active, "gate_proj has several active adapters"),
-    (_offloaded, "up_proj must be called: its base layer, a Linear, has hooks or a forward of its own"),
-    (_one_merged, "up_proj has merged adapters"),
-    (_trainable_weight, "up_proj has a weight that is trained"),
-    (_own_backend, "its layers have different backends"),
-    (_wrapped, "up_proj must be called: its base layer, a _Wrapper, has"),
-    (_other_kind_of_layer, "up_proj is a Dora"),
-    (lambda model: model.base_model.disable_adapter_layers(), "no adapter is in effect"),
-    (lambda model: model.base_model.model.mlp.up_proj.to(torch.float64), "its layers multiply in different dtypes"),
-    (lambda model: set_lora_mlp(model, "off"), "switched off by set_lora_mlp"),
-]
-
-
-class TestStandingDown:
-    @pytest.mark.parametrize(("change", "because"), STANDS_DOWN, ids=[because for _, because in STANDS_DOWN])
-    def test_a_reason_is_given_and_the_layers_are_called(self, change, because, monkeypatch):
-        model, x = adapted(), torch.randn(3, K)
-        change(model)
-        route, reason = row(model)
-        assert route == "layers"
-        assert reason.startswith(because)
-        called = []
-        monkeypatch.setattr(peft_fast.ops, "lora_mlp", lambda *args, **kwargs: called.append(1))
-        mlp = mlp_of(model)
-        if "different dtypes" in because:
-            with pytest.raises((RuntimeError, TypeError)):  # as it would without us
-                model(x)
-            return
-        y = model(x)
-        expected = vars(mlp).get("forward", lambda x: Gated.forward(mlp, x))(x)
-        torch.testing.assert_close(y, expected)
-        assert not called
-
-    def test_everything_merged(self):
-        model, x = adapted(), torch.randn(3, K)
-        y = model(x)
-        model.merge_adapter()
-        assert row(model) == ("layers", "gate_proj has merged adapters")
-        torch.testing.assert_close(model(x), y)
-        model.unmerge_adapter()
-        assert row(model)[0] == "mlp"
-
-    def test_keyword_arguments_and_wrong_inputs_go_to_the_mlps_own_forward(self):
-        mlp, x = mlp_of(adapted()), torch.randn(3, K)
-        assert torch.allclose(mlp(hidden=x), mlp(x))
-        with pytest.raises(TypeError, match="positional argument"):
-            mlp(x, x)
-        with pytest.raises(TypeError, match="x is torch.bfloat16 but the weight is torch.float32"):
-            mlp(x.bfloat16())
-
-    def test_hooks_for_all_modules(self):
-        model, seen = adapted(), []
-        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
-        try:
-            assert row(model) == ("layers", "there are hooks for all modules")
-            model(torch.randn(3, K))
-        finally:
-            handle.remove()
-        assert nn.SiLU in seen
-        assert row(model)[0] == "mlp"
-
-    def test_a_class_that_is_patched_afterwards(self, monkeypatch):
-        class Patched(Gated):
-            pass
-
-        model, x = adapted(Patched()), torch.randn(3, K)
-        y = model(x)
-        monkeypatch.setattr(Gated, "forward", lambda self, x: 2 * y)
-        assert row(model) == ("layers", "its class's forward was replaced")
-        assert torch.equal(model(x), 2 * y)
-
-    def test_a_backend_asked_for_by_name_is_refused_where_it_cannot_run(self):
-        model = adapted()
-        with use_backend("triton"), pytest.raises(peft_fast.dispatch.TritonUnsupported):
-            model(torch.randn(2, K))

@@ -58,9 +58,10 @@ def _dequantize_int8_kernel(
     N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile [BLOCK_N, BLOCK_K]; WIDTH elements make the 16 bytes that a thread stores at once."""
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(0) * BLOCK_K + tl.max_contiguous(tl.arange(0, BLOCK_K), WIDTH)[None, :]
+    """One program: a tile [BLOCK_N, BLOCK_K]; WIDTH elements make the 16 bytes that a thread stores at once. Rows count
+    along the first axis of the grid, the others end at 65,535."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.max_contiguous(tl.arange(0, BLOCK_K), WIDTH)[None, :]
     inside = (n[:, None] < N) & (k < K)
     element = n[:, None].to(tl.int64) * K + k
     codes = tl.load(data_ptr + element, mask=inside).to(tl.float32)
@@ -79,7 +80,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: T
         return out
     if weight.bits == 8:
         config = configs.dequantize_int8(K)
-        _dequantize_int8_kernel[(triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(N, config["BLOCK_N"]))](
+        _dequantize_int8_kernel[(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]))](
             weight.data, weight.absmax, out, N, K, WIDTH=16 // out.element_size(), enable_fp_fusion=False, **config
         )
         return out

@@ -48,8 +48,10 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     because      the reason for that route
 
     What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
-    layer's own dtype, in the mode the model is in (`train` or `eval`), under the backend that is set now (dispatch.py).
-    Routes depend on all of these: try tokens=1, which is what generating does.
+    dtype that the layer computes in (autocast's where `explain` is called under it; a k-bit layer of ours that states
+    none takes that of its input, and is shown for the dtype its weight had), in the mode the model is in (dropout),
+    with what is trainable now, under the backend that is set now (dispatch.py). Routes depend on all of these: try
+    tokens=1, which is what generating does.
     """
     rows = []
     for name, module in model.named_modules():

@@ -154,7 +154,7 @@ def _checked_format(
 ) -> tuple[str, int, bool]:
     """The arguments of QuantizedLinear.from_linear, the defaults filled in."""
     if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits}")
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}")
     if bits == 4:
         checked = ("nf4" if quant_type is None else quant_type, 64 if blocksize is None else blocksize)
         blockwise.check_arguments(*checked)

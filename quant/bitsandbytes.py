@@ -1,4 +1,4 @@
-"""Reading bitsandbytes' layers: the only file of the library that names it.
+"""Reading bitsandbytes' layers: with bitsandbytes_kernels.py the only files of the library that name it.
 
 bitsandbytes is never imported here: a model that holds one of its layers has imported it already. What is returned
 are views of the layer's own tensors. The layouts are weight.py's; the traps are (versions 0.49 to 0.50):

@@ -12,12 +12,12 @@ from torch import Tensor
 from .weight import DTYPES, Format, QuantizedWeight
 
 
-def _loaded(op: str) -> bool:
-    return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, op)
+def is_loaded() -> bool:
+    return "bitsandbytes" in sys.modules
 
 
 def _why_not(op: str, fmt: Format) -> str | None:
-    if not _loaded(op):
+    if not is_loaded() or not hasattr(torch.ops.bitsandbytes, op):
         return f"bitsandbytes is not loaded, or has no {op} (0.50 has)"
     if fmt.bits != 4:
         return "the weight has 8 bits"

@@ -77,6 +77,35 @@ def test_it_follows_the_backend_that_is_asked_for():
         model(torch.randn(2, 64))
 
 
+def test_a_base_layer_that_would_refuse_is_shown_to():
+    model = adapted("ours")
+    model.base_model.model.k.backend = "triton"
+    with model.disable_adapter():
+        assert explain(model, show=False).rows[-1].route == "refused"
+        with pytest.raises(TritonUnsupported):
+            model(torch.randn(2, 64))
+
+
+def test_merging_follows_what_is_trained_not_the_mode():
+    """A small layer: merged where nothing of it is trained, in forwards with and without gradients alike."""
+    from bench.counts import as_on_a_gpu
+
+    model = get_peft_model(quantize_linear_layers(Net("ours").bfloat16()), LoraConfig(target_modules=["q", "k"]))
+
+    def route():
+        return explain(model, tokens=512, show=False).rows[0].route
+
+    with as_on_a_gpu():
+        for train, grad in [(True, True), (True, False), (False, True), (False, False)]:
+            with torch.set_grad_enabled(grad):
+                model.train(train).requires_grad_(False)
+                assert route() == "merge"
+                model.set_adapter("default")
+                assert route() == "split"
+        with torch.autocast("cpu", torch.float16):
+            assert route() == "split"
+
+
 def test_layers_without_an_adapter_in_effect():
     model = adapted("dense")
     with model.disable_adapter():

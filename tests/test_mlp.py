@@ -201,11 +201,11 @@ def opcheck_all(case: MlpCase, backend: str, kinds: list[tuple[bool, bool]] = KI
     lib = torch.ops.peft_fast
     for training, recompute in kinds:
         torch.library.opcheck(
-            lib.lora_mlp.default, (case.x, *given, case.x.dtype, training, recompute, backend, "auto")
+            lib.lora_mlp.default, (case.x, *given, case.x.dtype, training, recompute, True, backend, "auto")
         )
     needs = [True] * 4 + [False, False, True] + [True] * 3
     for recompute, kept in [(False, (g, u, s)), (True, (none, none, [none] * 3))]:
-        args = (case.d_y, case.x, *kept, *given, needs, recompute, backend, "auto")
+        args = (case.d_y, case.x, *kept, *given, needs, recompute, True, backend, "auto")
         torch.library.opcheck(lib.lora_mlp_backward.default, args)
 
 

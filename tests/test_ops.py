@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from peft_fast import ops
 from peft_fast.dispatch import use_route
 from peft_fast.kernels import dropout, reference
-from peft_fast.quant import blockwise, int8
+from peft_fast.quant import bitsandbytes_kernels, blockwise, int8
 from peft_fast.testing import assert_as_accurate_as_torch
 
 from .lora_cases import LoraCase, autograd_truth, check_against_fp64, make_case
@@ -269,12 +269,12 @@ def opcheck_all(case: LoraCase, backend: str) -> None:
     lib = torch.ops.peft_fast
     calls = [
         *(
-            (lib.lora_linear, (x, tensors, fmt, case.bias, A, B, 2.0, p, key, x.dtype, training, backend, route))
-            for training in (True, False)
+            (lib.lora_linear, (x, tensors, fmt, case.bias, A, B, 2.0, p, key, x.dtype, trained, backend, route))
+            for trained in (True, False)
             for route in routes_of(case)
         ),
         *(
-            (lib.lora_linear_backward, (dy, x, s, tensors, fmt, A, B, 2.0, p, key, needs, backend, route))
+            (lib.lora_linear_backward, (dy, x, s, tensors, fmt, A, B, 2.0, p, key, needs, True, backend, route))
             for needs in ([True, True, True], [False, True, False])
             for route in routes_of(case)
         ),
@@ -313,6 +313,52 @@ def test_there_is_no_second_derivative_and_it_says_so():
     (dx,) = torch.autograd.grad(case.call("torch", leaves).square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_what_is_not_multiplied_in_is_refused():
+    case = make_case(4, 32, 16, 2, torch.float32, torch.float32, "nf4", 0.0)
+    x, W, A, B = case.x, case.weight, case.A, case.B
+    for bad in (x.long(), x.to(torch.float8_e4m3fn)):
+        with pytest.raises(TypeError, match=rf"x is {bad.dtype}, which is not multiplied in: cast it to one of"):
+            ops.lora_linear(bad, W, A, B, 1.0)
+        with pytest.raises(TypeError, match="x is"):
+            ops.quant_matmul(bad, W)
+    with pytest.raises(TypeError, match="A is torch.int8"):
+        ops.lora_linear(x, W, A.to(torch.int8), B, 1.0)
+    with pytest.raises(ValueError, match="x must have at least one dimension"):
+        ops.lora_linear(torch.tensor(1.0), W, A, B, 1.0)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_own_product(quant_type, nested):
+    """What its fused kernel is given; on a CPU its default implementation takes the same arguments."""
+    weight = blockwise.quantize(torch.randn(48, 128), quant_type, 64, nested)
+    x, bias = torch.randn(5, 128), torch.randn(48)
+    for b in (None, bias):
+        torch.testing.assert_close(bitsandbytes_kernels.matmul(x, weight, b), reference.quant_matmul(x, weight, b))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_takes_one_route(reentrant, monkeypatch):
+    """Its first forward runs without gradients: that must not be taken for inference, which may merge."""
+    from bench.counts import as_on_a_gpu
+    from peft_fast.ops import table
+
+    case = make_case(512, 64, 64, 8, torch.bfloat16, torch.float32, "nf4", 0.0)
+    leaves, routes = case.leaves(("x", "A", "B")), []
+    pick = table._linear
+    monkeypatch.setattr(table, "_linear", lambda *args: routes.append(pick(*args).route) or pick(*args))
+    monkeypatch.setattr(table._linear, "cache_clear", pick.cache_clear, raising=False)
+    with as_on_a_gpu():
+        y = torch.utils.checkpoint.checkpoint(
+            lambda x, A, B: ops.lora_linear(x, case.weight, A, B, 1.0),
+            *(leaves[name] for name in ("x", "A", "B")),
+            use_reentrant=reentrant,
+        )
+        y.sum().backward()
+    assert set(routes) == {"split"}
+    assert len(routes) == 3  # forward, forward again, backward
 
 
 def test_bad_calls_are_refused_with_the_rule_and_what_was_got():

@@ -1,5 +1,7 @@
 """Who runs what (ops/table.py): a pure function of the call, so it is tested for cards that are not here."""
 
+import sys
+
 import bitsandbytes  # noqa: F401 - its kernels are candidates only where it is loaded
 import pytest
 import torch
@@ -10,7 +12,7 @@ from peft_fast.ops import Call, choose, table
 from peft_fast.quant.weight import Format
 
 CUDA = torch.device("cuda", 0)
-MEMOS = (table.dequantization, table.product, table.product_dx, table.linear, table.linear_backward, dispatch._choose)
+MEMOS = (table._dequantization, table._product, table.product_dx, table._linear, dispatch._choose)
 
 
 @pytest.fixture
@@ -28,9 +30,9 @@ def card(monkeypatch):
         memo.cache_clear()
 
 
-def call(tokens: int, quant_type="nf4", K=4096, G=64, dtype=torch.bfloat16, p=0.0, training=True, nested=256) -> Call:
+def call(tokens: int, quant_type="nf4", K=4096, G=64, dtype=torch.bfloat16, p=0.0, trained=True, nested=256) -> Call:
     fmt = str(Format(quant_type, 4096, K, K if quant_type == "int8" else G, dtype, nested)) if quant_type else ""
-    return Call(CUDA, dtype, tokens, 4096, K, 16, fmt, p, training)
+    return Call(CUDA, dtype, tokens, 4096, K, 16, fmt, p, trained)
 
 
 def picks(c: Call) -> tuple[str, str, str]:
@@ -47,7 +49,9 @@ def picks(c: Call) -> tuple[str, str, str]:
         (86, 64, ("bitsandbytes", "split", "fused")),
         (86, 65, ("dequantize", "split", "fused")),
         (86, 129, ("dequantize", "split", "split")),
-        (87, 64, ("bitsandbytes", "split", "fused")),  # as the generation before it
+        (87, 64, ("fused", "fused", "fused")),  # as the generation before it, but not for bitsandbytes
+        (110, 8, ("fused", "fused", "fused")),
+        (110, 9, ("dequantize", "split", "split")),
         (89, 128, ("bitsandbytes", "split", "fused")),
         (89, 257, ("dequantize", "split", "split")),
         (90, 16, ("bitsandbytes", "split", "fused")),
@@ -81,14 +85,52 @@ def test_merging(card):
     """16 bits, no dropout, enough tokens; in training also enough weights, and then in both directions."""
     card(90)
     assert picks(call(table.MERGE_M)) == ("dequantize", "merge", "merge")
-    assert picks(call(table.MERGE_M, training=False))[1] == "merge"
+    assert picks(call(table.MERGE_M, trained=False))[1] == "merge"
     assert picks(call(table.MERGE_M - 1))[1:] == ("split", "split")
     assert picks(call(4096, p=0.1))[1:] == ("split", "split")
     assert picks(call(4096, dtype=torch.float32))[1:] == ("split", "split")
     small = call(4096, K=64)._replace(N=table.MERGE_IN_TRAINING // 64 - 1)
     assert picks(small)[1:] == ("split", "split")
     assert picks(small._replace(N=small.N + 1))[1:] == ("merge", "merge")
-    assert picks(small._replace(training=False))[1] == "merge"
+    assert picks(small._replace(trained=False))[1] == "merge"
+
+
+def test_what_the_merge_kernel_cannot_address_is_not_merged(card):
+    card(90)
+    wide = call(4096, K=1 << 25)
+    assert picks(wide)[1] == "split"
+    with pytest.raises(ValueError, match=r"route merge was asked for, but K is 33554432"):
+        choose(wide, route="merge")
+
+
+def test_fp32_has_no_tensor_cores_to_hide_the_decoding_behind(card):
+    card(89)
+    assert picks(call(8, dtype=torch.float32))[0] == "fused"
+    assert picks(call(9, dtype=torch.float32)) == ("dequantize", "split", "split")
+
+
+def test_small_short_weights_are_multiplied_longer(card):
+    card(86)
+    short = call(300, K=512, p=0.1)
+    assert picks(short._replace(N=4096)) == ("bitsandbytes", "split", "fused")
+    assert picks(short._replace(N=1000)) == ("dequantize", "split", "split")
+    assert picks(short._replace(N=4096, tokens=321)) == ("dequantize", "split", "split")
+
+
+def test_bitsandbytes_may_be_loaded_later(monkeypatch):
+    fmt, cpu = str(Format("nf4", 64, 128, 64, torch.bfloat16, 256)), torch.device("cpu")
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    assert table.dequantization("auto", cpu, torch.bfloat16, fmt).backend == "torch"
+    monkeypatch.undo()
+    assert table.dequantization("auto", cpu, torch.bfloat16, fmt).backend == "bitsandbytes"
+
+
+def test_an_amd_card_is_no_generation_of_nvidias(card, monkeypatch):
+    card(94)
+    assert table.generation(CUDA) == 94
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert table.generation(CUDA) == 0
+    assert picks(call(16)) == ("dequantize", "reference", "reference")
 
 
 def test_a_dense_layer_is_split(card):

@@ -16,12 +16,13 @@ from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import Projection, lora_mlp
 from .quant import dequantize, quant_matmul
-from .table import Call, choose
+from .table import Call, choose, choose_product
 
 __all__ = [
     "Call",
     "Projection",
     "choose",
+    "choose_product",
     "dequantize",
     "lora_down",
     "lora_linear",

@@ -7,12 +7,25 @@ a tensor on the meta device makes torch answer with uninitialised memory), so it
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def check_device(x: Tensor, **others: Tensor | None) -> None:
     """ValueError unless all tensors are where the first one is."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {tensor.device}")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """TypeError for integers and for floats that nothing is multiplied in; ValueError for numbers without a shape."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} is {tensor.dtype}, which is not multiplied in: cast it to one of {FLOATS}")
+        if tensor.dim() == 0:
+            raise ValueError(f"{name} must have at least one dimension, its features, got a single number")
 
 
 def check_bias(bias: Tensor | None, N: int) -> None:

@@ -16,18 +16,18 @@ from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
-from .checks import check_bias, check_device, check_dropout
+from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
 
-def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, training, backend, route):
+def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, trained, backend, route):
     M = x.shape[0]
     return x.new_empty((M, weight_shape(weight, fmt)[0]), dtype=dtype), x.new_empty((M, A.shape[0]), dtype=dtype)
 
 
 @define(
     "lora_linear(Tensor x, Tensor[] weight, str fmt, Tensor? bias, Tensor A, Tensor B, float scale, float p, "
-    "Tensor? key, ScalarType dtype, bool training, str backend, str route) -> (Tensor, Tensor)",
+    "Tensor? key, ScalarType dtype, bool trained, str backend, str route) -> (Tensor, Tensor)",
     _forward_fake,
 )
 def _forward(
@@ -41,23 +41,23 @@ def _forward(
     p: float,
     key: Tensor | None,
     dtype: torch.dtype,
-    training: bool,
+    trained: bool,
     backend: Backend,
     route: Route,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) in `dtype`."""
-    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, backend, route)
-    return routes.forward(x.to(dtype), bias, lora, training)
+    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, trained, backend, route)
+    return routes.forward(x.to(dtype), bias, lora)
 
 
-def _backward_fake(dy, x, s, weight, fmt, A, B, scale, p, key, needs, backend, route):
+def _backward_fake(dy, x, s, weight, fmt, A, B, scale, p, key, needs, trained, backend, route):
     like = [t.new_empty(t.shape if need else (0,)) for t, need in zip((x, A, B), needs)]
     return tuple(like)
 
 
 @define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor[] weight, str fmt, Tensor A, Tensor B, float scale, "
-    "float p, Tensor? key, bool[] needs, str backend, str route) -> (Tensor, Tensor, Tensor)",
+    "float p, Tensor? key, bool[] needs, bool trained, str backend, str route) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward(
@@ -72,12 +72,13 @@ def _backward(
     p: float,
     key: Tensor | None,
     needs: list[bool],
+    trained: bool,
     backend: Backend,
     route: Route,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [M, K] in x's dtype, dA [R, K], dB [N, R]); an empty tensor for each that `needs` = (x, A, B) does not ask
     for. The products are taken in s's dtype, as in the forward."""
-    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, backend, route)
+    lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, trained, backend, route)
     dx, dA, dB = routes.backward(dy, x.to(s.dtype), s, lora, (needs[0], needs[1], needs[2]))
     dx = None if dx is None else dx.to(x.dtype)
     return tuple(t.new_empty(0) if g is None else g for g, t in ((dx, x), (dA, A), (dB, B)))  # type: ignore[return-value]
@@ -95,25 +96,26 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
         key: Tensor | None,
         dtype: torch.dtype,
-        training: bool,
+        trained: bool,
         fmt: str,
         backend: str,
         route: str,
         *weight: Tensor,
     ) -> Tensor:
-        y, s = _forward(x, list(weight), fmt, bias, A, B, scale, p, key, dtype, training, backend, route)
+        y, s = _forward(x, list(weight), fmt, bias, A, B, scale, p, key, dtype, trained, backend, route)
         ctx.save_for_backward(x, s, A, B, key, *weight)
-        ctx.scale, ctx.p, ctx.fmt, ctx.backend, ctx.route = scale, p, fmt, backend, route
+        ctx.settings = fmt, scale, p, trained, backend, route
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         x, s, A, B, key, *weight = ctx.saved_tensors
+        fmt, scale, p, trained, backend, route = ctx.settings
         needs = list(ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
-            out = _backward(dy, x, s, weight, ctx.fmt, A, B, ctx.scale, ctx.p, key, needs, ctx.backend, ctx.route)
+            out = _backward(dy, x, s, weight, fmt, A, B, scale, p, key, needs, trained, backend, route)
             grads = [g if need else None for g, need in zip(out, needs)]
         dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
         # The base is frozen as a rule; who unfreezes a dense one gets its gradient.
@@ -149,6 +151,7 @@ def lora_linear(
     that cannot take the call, TypeError for dtypes that do not fit, TritonUnsupported where Triton was asked for by
     name and cannot take the call.
     """
+    check_floating(x=x, A=A, B=B)
     tensors, fmt = flatten(weight)
     N, K = weight.shape
     R = A.shape[0]
@@ -164,7 +167,6 @@ def lora_linear(
     check_bias(bias, N)
     check_dropout(dropout_p, dropout_key)
     check_device(x, weight=tensors[0], A=A, B=B, bias=bias, dropout_key=dropout_key)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))
     y = _LoraLinear.apply(
         x.reshape(-1, K),
         A,
@@ -174,7 +176,7 @@ def lora_linear(
         dropout_p,
         dropout_key if dropout_p else None,
         dtype or autocast_dtype,
-        training,
+        A.requires_grad or B.requires_grad,
         fmt,
         resolve(backend),
         resolve_route(route),

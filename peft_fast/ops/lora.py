@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op
 
-from .checks import check_bias, check_device, check_dropout
+from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import autocast, define, implementation, resolve
 
 
@@ -79,6 +79,7 @@ def lora_down(
 
     dropout_p, dropout_key, backend and the errors are lora_linear's.
     """
+    check_floating(x=x, A=A)
     x = autocast(x)
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
         raise ValueError(f"A must be [R, K] with K={x.shape[-1]} as x has, got {tuple(A.shape)}")
@@ -135,6 +136,7 @@ def lora_up_add(
 
     Differentiable in y, s, B and bias. Raises ValueError for shapes that do not fit, TypeError where y and s differ.
     """
+    check_floating(y=y, s=s, B=B)
     N, R = B.shape
     if y.shape != (*s.shape[:-1], N) or s.shape[-1] != R:
         raise ValueError(

@@ -21,7 +21,7 @@ from peft_fast.dispatch import Backend, Op, Route
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
-from .checks import check_bias, check_device, check_dropout
+from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import (
     autocasting,
     define,
@@ -58,6 +58,10 @@ class Projection:
     dropout_p: float = 0.0
     dropout_key: Tensor | None = None
 
+    @property
+    def trained(self) -> bool:
+        return any(factor is not None and factor.requires_grad for factor in (self.A, self.B))
+
     def tensors(self) -> tuple[list[Tensor | None], str]:
         """What an op is given of it: these tensors and the weight's format."""
         weight, fmt = flatten(self.weight)
@@ -72,20 +76,27 @@ class _Layer:
     """A projection inside the op: its half of the forward and of the backward, whether it has an adapter or not."""
 
     def __init__(
-        self, tensors: list[Tensor | None], fmt: str, scale: float, p: float, backend: Backend, route: Route
+        self,
+        tensors: list[Tensor | None],
+        fmt: str,
+        scale: float,
+        p: float,
+        trained: bool,
+        backend: Backend,
+        route: Route,
     ) -> None:
         A, B, self.bias, key, *weight = tensors
         self.weight = unflatten(weight, fmt)  # type: ignore[arg-type]
         self.backend: Backend = backend
         self.lora: routes.Lora | None = None
         if A is not None and B is not None:
-            self.lora = routes.Lora(self.weight, A, B, scale, p, key, backend, route)
+            self.lora = routes.Lora(self.weight, A, B, scale, p, key, trained, backend, route)
 
-    def forward(self, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y [M, N], s [M, R]); R is 0 without an adapter."""
         if self.lora is None:
             return routes.product(x, self.weight, self.bias, self.backend), x.new_empty(x.shape[0], 0)
-        return routes.forward(x, self.bias, self.lora, training)
+        return routes.forward(x, self.bias, self.lora)
 
     def down_again(self, x: Tensor) -> Tensor:
         """The s that `forward` gave."""
@@ -119,10 +130,11 @@ def _layers(
     fmts: list[str],
     scales: list[float],
     ps: list[float],
+    trained: bool,
     backend: Backend,
     route: Route,
 ) -> list[_Layer]:
-    return [_Layer(*settings, backend, route) for settings in zip(projections, fmts, scales, ps)]
+    return [_Layer(*settings, trained, backend, route) for settings in zip(projections, fmts, scales, ps)]
 
 
 def _rank(projection: list[Tensor | None]) -> int:
@@ -130,7 +142,7 @@ def _rank(projection: list[Tensor | None]) -> int:
     return 0 if A is None else A.shape[0]
 
 
-def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, backend, route):
+def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, trained, backend, route):
     M, kept = x.shape[0], training and not recompute
     (F, _), (N, _) = weight_shape(gate[LEADING:], fmts[0]), weight_shape(down[LEADING:], fmts[2])
     inner = [x.new_empty((M, F) if kept else (0,), dtype=dtype) for _ in range(2)]
@@ -140,7 +152,7 @@ def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, traini
 
 @define(
     "lora_mlp(Tensor x, Tensor?[] gate, Tensor?[] up, Tensor?[] down, str[] fmts, float[] scales, float[] ps, "
-    "str activation, ScalarType dtype, bool training, bool recompute, str backend, str route) "
+    "str activation, ScalarType dtype, bool training, bool recompute, bool trained, str backend, str route) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
@@ -156,21 +168,24 @@ def _forward(
     dtype: torch.dtype,
     training: bool,
     recompute: bool,
+    trained: bool,
     backend: Backend,
     route: Route,
 ) -> tuple[Tensor, ...]:
     """(y [M, N], g [M, F], u [M, F], s of gate, up and down) in `dtype`; all but y empty where they are not kept."""
     x = x.to(dtype)
     run = implementation(GLU.choose(backend, x.device, dtype))
-    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, backend, route)
-    (g, s_gate), (u, s_up) = gate_layer.forward(x, training), up_layer.forward(x, training)
+    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    (g, s_gate), (u, s_up) = gate_layer.forward(x), up_layer.forward(x)
     kept = training and not recompute
     h = run.glu(g, u, activation, out=None if kept else g)
-    y, s_down = down_layer.forward(h, training)
+    y, s_down = down_layer.forward(h)
     return y, *(t if kept else t.new_empty(0) for t in (g, u, s_gate, s_up, s_down))
 
 
-def _backward_fake(dy, x, g, u, s, gate, up, down, fmts, scales, ps, activation, needs, recompute, backend, route):
+def _backward_fake(
+    dy, x, g, u, s, gate, up, down, fmts, scales, ps, activation, needs, recompute, trained, backend, route
+):
     inputs = [x, *gate[:GRADIENTS], *up[:GRADIENTS], *down[:GRADIENTS]]
     return [x.new_empty(0) if not need else t.new_empty(t.shape) for t, need in zip(inputs, needs)]
 
@@ -178,7 +193,7 @@ def _backward_fake(dy, x, g, u, s, gate, up, down, fmts, scales, ps, activation,
 @define(
     "lora_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor[] s, Tensor?[] gate, Tensor?[] up, "
     "Tensor?[] down, str[] fmts, float[] scales, float[] ps, str activation, bool[] needs, bool recompute, "
-    "str backend, str route) -> Tensor[]",
+    "bool trained, str backend, str route) -> Tensor[]",
     _backward_fake,
 )
 def _backward(
@@ -196,6 +211,7 @@ def _backward(
     activation: str,
     needs: list[bool],
     recompute: bool,
+    trained: bool,
     backend: Backend,
     route: Route,
 ) -> list[Tensor]:
@@ -205,11 +221,11 @@ def _backward(
     can be run again.
     """
     z = x.to(dy.dtype)
-    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, backend, route)
+    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     s_gate, s_up, s_down = s
     h: Tensor | None = None
     if recompute:
-        (g, s_gate), (u, s_up) = gate_layer.forward(z, True), up_layer.forward(z, True)
+        (g, s_gate), (u, s_up) = gate_layer.forward(z), up_layer.forward(z)
         h_again: Tensor = implementation(GLU.choose(backend, g.device, g.dtype)).glu(g, u, activation)
         h, s_down = h_again, down_layer.down_again(h_again)
     dx: Tensor | None = None
@@ -256,9 +272,9 @@ class _LoraMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> Tensor:
-        fmts, scales, ps, activation, dtype, training, recompute, backend, route, counts = settings
+        training, recompute, counts = settings[5], settings[6], settings[-1]
         gate, up, down = _restored(_split(tensors, counts))
-        y, *kept = _forward(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, backend, route)
+        y, *kept = _forward(x, gate, up, down, *settings[:-1])
         ctx.save_for_backward(x, *(kept if training and not recompute else [None] * len(kept)), *tensors)
         ctx.settings = settings
         return y
@@ -266,7 +282,7 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
-        fmts, scales, ps, activation, _, _, recompute, backend, route, counts = ctx.settings
+        fmts, scales, ps, activation, _, _, recompute, trained, backend, route, counts = ctx.settings
         x, g, u, s_gate, s_up, s_down, *tensors = ctx.saved_tensors
         if recompute:
             g = u = s_gate = s_up = s_down = x.new_empty(0)
@@ -277,7 +293,7 @@ class _LoraMLP(torch.autograd.Function):
         if any(needs):
             out = _backward(
                 dy, x, g, u, [s_gate, s_up, s_down], *projections, fmts, scales, ps, activation, needs, recompute,
-                backend, route,
+                trained, backend, route,
             )  # fmt: skip
             grads = [grad if need else None for grad, need in zip(out, needs)]
         of_tensors: list[Tensor | None] = []
@@ -335,6 +351,7 @@ def lora_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     projections = {"gate": gate, "up": up, "down": down}
+    check_floating(x=x)
     _check_shapes(x, projections)
     for name, projection in projections.items():
         _check(x, name, projection)
@@ -357,6 +374,7 @@ def lora_mlp(
         dtype or autocast_dtype,
         training,
         recompute,
+        any(p.trained for p in projections.values()),
         resolve(backend),
         resolve_route(route),
         [len(part) for part, _ in packed],
@@ -375,6 +393,7 @@ def _check_shapes(x: Tensor, projections: dict[str, Projection]) -> None:
 
 def _check(x: Tensor, name: str, projection: Projection) -> None:
     (N, K), A, B, weight = projection.weight.shape, projection.A, projection.B, projection.weight
+    check_floating(**{f"{name}.A": A, f"{name}.B": B})
     if (A is None) != (B is None):
         raise ValueError(f"{name} has one of A and B: give both, or neither for a projection without an adapter")
     if A is not None and B is not None and (A.shape != (A.shape[0], K) or B.shape != (N, A.shape[0])):

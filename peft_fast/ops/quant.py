@@ -11,7 +11,7 @@ from peft_fast.dispatch import Backend
 from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
 
 from . import routes
-from .checks import check_bias, check_device
+from .checks import check_bias, check_device, check_floating
 from .library import autocast, define, flatten, resolve, unflatten
 
 
@@ -102,8 +102,9 @@ def quant_matmul(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias, in x's dtype; differentiable in x and bias, saves neither x nor W.
 
-    Under autocast x is cast first. Raises ValueError where x does not have K columns.
+    Under autocast x is cast first. Raises ValueError where x does not have K columns, TypeError for integers.
     """
+    check_floating(x=x)
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"x must have K={K} features for a weight of shape {weight.shape}, got {tuple(x.shape)}")

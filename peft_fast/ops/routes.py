@@ -34,14 +34,15 @@ class Lora:
     scale: float
     p: float  # dropout
     key: Tensor | None
+    trained: bool  # A or B want gradients, now or when a checkpoint runs this forward again
     backend: Backend
     route: Route
 
-    def call(self, x: Tensor, training: bool) -> table.Call:
-        """What table.py is asked about, for x [M, K] in the dtype of the product."""
+    def call(self, x: Tensor) -> table.Call:
+        """What table.py is asked about, for x [M, K] in the dtype of the product: the same in forward and backward."""
         (N, K), R = self.weight.shape, self.A.shape[0]
         fmt = str(self.weight.format) if isinstance(self.weight, QuantizedWeight) else ""
-        return table.Call(x.device, x.dtype, x.shape[0], N, K, R, fmt, self.p, training)
+        return table.Call(x.device, x.dtype, x.shape[0], N, K, R, fmt, self.p, self.trained)
 
 
 def dequantize(weight: QuantizedWeight, dtype, backend: Backend, out: Tensor | None = None) -> Tensor:
@@ -66,7 +67,7 @@ def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, ba
         choice = table.product(call, backend)
         if choice.route == "fused":
             return implementation(choice).quant_matmul(x, weight, bias)
-        if choice.route == "bitsandbytes":
+        if choice.route == "bitsandbytes" and weight.data.data_ptr() % 16 == 0:  # it reads 16 bytes at a time
             return bitsandbytes_kernels.matmul(x, weight, bias)
     return F.linear(x, materialize(weight, x.dtype, backend), bias)
 
@@ -91,9 +92,9 @@ def _sum(dx: Tensor, added_to: Tensor | None) -> Tensor:
     return dx if added_to is None else added_to.add_(dx)
 
 
-def forward(x: Tensor, bias: Tensor | None, lora: Lora, training: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) for x [M, K] in the dtype of the product. Merging leaves s for the backward to compute."""
-    choice = table.linear(lora.call(x, training), lora.backend, lora.route)
+    choice = table.linear(lora.call(x), lora.backend, lora.route)
     run, W = implementation(choice), lora.weight
     if choice.route == "merge":
         assert isinstance(W, QuantizedWeight)
@@ -114,7 +115,7 @@ def backward(
 
     `dx`: another layer's gradient of the same x, which this one is added to, in place.
     """
-    choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
+    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
     run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
     if choice.route == "merge":
         dx = _merged_dx(run, dy, lora, dx) if needs_dx else None
@@ -137,7 +138,7 @@ def backward_to_x(
 
     ds and dB may be None although they are needed: backward_from_x then computes them.
     """
-    choice = table.linear_backward(lora.call(dy, training=True), lora.backend, lora.route)
+    choice = table.linear_backward(lora.call(dy), lora.backend, lora.route)
     run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
     if choice.route == "merge":
         return _merged_dx(run, dy, lora) if needs_dx else None, None, None
@@ -155,7 +156,7 @@ def backward_from_x(
     dy: Tensor, x: Tensor, ds: Tensor | None, dB: Tensor | None, lora: Lora, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA, dB), None where `needs` does not ask for it: the second half."""
-    choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
+    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
     run, (needs_dA, needs_dB) = implementation(choice), needs
     if choice.route == "merge":
         s = run.lora_down(x, lora.A) if needs_dB else x.new_empty(x.shape[0], lora.A.shape[0])
@@ -166,7 +167,7 @@ def backward_from_x(
 
 def down_again(x: Tensor, lora: Lora) -> Tensor:
     """s [M, R] as `forward` gives it to `backward`; merging needs none."""
-    choice = table.linear_backward(lora.call(x, training=True), lora.backend, lora.route)
+    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
     if choice.route == "merge":
         return x.new_empty(x.shape[0], lora.A.shape[0])
     return implementation(choice).lora_down(x, lora.A, lora.p, lora.key)

@@ -38,8 +38,14 @@ GEMV_M = 8
 # forward has the lower ends, dx the upper ones, because there its alternative moves dy and W through cuBLAS just so.
 FUSED_M = {80: (64, 64), 86: (64, 128), 89: (128, 256), 90: (16, 16), 100: (8, 8), 120: (128, 256)}
 
-# bitsandbytes' own kernel on a T4, fp16 only; the same table. Triton has no tensor cores there.
-BITSANDBYTES_M = {75: 64} | {capability: forward for capability, (forward, _) in FUSED_M.items()}
+# The same for bitsandbytes' own kernel, on the generations that its table was made for and no others: elsewhere (sm_87,
+# sm_110) it dequantises itself, in three launches. On a T4 fp16 only; Triton has no tensor cores there.
+BITSANDBYTES_M = {75: 64} | {generation: forward for generation, (forward, _) in FUSED_M.items()}
+
+# Weights that are small (below SMALL elements) and short (2 K < N) are multiplied within one wave of programs, and the
+# dequantisation is most of the alternative: up to this many tokens. Prior: the least of what bitsandbytes' table has
+# for such weights on sm_80 and later, 320 to 1536.
+SMALL, SMALL_M = 4 << 20, 320
 
 # From this many tokens merging beats split. Calculated: merging costs 2 R operations a weight more than dequantising,
 # split moves 2 M K + 4 M N bytes and launches two kernels more; at 4096 x 4096, R = 16 they are equal near M = 330 on a
@@ -63,12 +69,12 @@ class Call(NamedTuple):
     R: int = 0  # 0: no adapter
     fmt: str = ""  # str(weight.format); empty for a dense weight
     p: float = 0.0  # dropout
-    training: bool = False  # gradients will be asked for
+    trained: bool = False  # the adapter wants gradients, now or when a checkpoint runs this forward again
 
 
-def capability(device: torch.device) -> int:
+def generation(device: torch.device) -> int:
     """89 for sm_89; 0 for what is no NVIDIA GPU: there nothing beats dequantising."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -95,11 +101,16 @@ DEQUANTIZE = Op("dequantize", "triton", _why_not_dequantize, needs_dot=False)
 LORA_LINEAR = Op("lora_linear", "split", _why_not_lora)
 
 
-@functools.lru_cache(maxsize=4096)
 def dequantization(backend: Backend, device: torch.device, dtype: torch.dtype, fmt: str) -> Choice:
     """Whose code writes a k-bit weight out. All of them give the same bits."""
+    return _dequantization(backend, device, dtype, fmt, bitsandbytes_kernels.is_loaded())
+
+
+@functools.lru_cache(maxsize=4096)
+def _dequantization(backend: Backend, device: torch.device, dtype: torch.dtype, fmt: str, loaded: bool) -> Choice:
+    """`loaded`: a model that was used before bitsandbytes was imported is asked about anew afterwards."""
     choice = DEQUANTIZE.choose(backend, device, dtype)
-    if backend != "auto" or choice.backend != "torch":
+    if backend != "auto" or choice.backend != "torch" or not loaded:
         return choice
     if bitsandbytes_kernels.why_not_dequantize(Format.parse(fmt), device, dtype):
         return choice
@@ -125,23 +136,28 @@ def why_not_fused(call: Call, backend: Backend, *, dx: bool = False) -> str | No
     return quant_matmul.why_not(fmt, call.dtype, cc, call.tokens)
 
 
-@functools.lru_cache(maxsize=4096)
 def product(call: Call, backend: Backend) -> Choice:
     """Who computes x @ W.T for a k-bit W: "fused", "bitsandbytes" or "dequantize"."""
+    return _product(call, backend, bitsandbytes_kernels.is_loaded())
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(call: Call, backend: Backend, loaded: bool) -> Choice:
     if call.tokens <= GEMV_M:
         if why_not_fused(call, backend) is None:
             return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {GEMV_M}", "triton")
         return _dequantize(call, backend)
-    cc = capability(call.device)
-    limit = BITSANDBYTES_M.get(_newest(BITSANDBYTES_M, cc), 0)
+    cc = generation(call.device)
+    limit = _limit(call, BITSANDBYTES_M.get(cc, 0))
     if (
         backend == "auto"
+        and loaded
         and call.tokens <= limit
         and bitsandbytes_kernels.why_not_matmul(Format.parse(call.fmt), call.device, call.dtype) is None
     ):
         because = f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior: bitsandbytes' table)"
         return Choice("quant_matmul", "bitsandbytes", because, "bitsandbytes")
-    limit = FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[0]
+    limit = _limit(call, FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[0])
     if call.tokens <= limit and why_not_fused(call, backend) is None:
         return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
     return _dequantize(call, backend)
@@ -150,11 +166,18 @@ def product(call: Call, backend: Backend) -> Choice:
 @functools.lru_cache(maxsize=4096)
 def product_dx(call: Call, backend: Backend) -> Choice:
     """Who computes dy @ W for a k-bit W: "fused" or "dequantize"."""
-    cc = capability(call.device)
-    limit = FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[1]
+    cc = generation(call.device)
+    limit = _limit(call, FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[1])
     if call.tokens <= limit and why_not_fused(call, backend, dx=True) is None:
         return Choice("quant_matmul_dx", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
     return _dequantize(call, backend)
+
+
+def _limit(call: Call, large: int) -> int:
+    """Up to how many tokens, where `large` is the limit for large weights."""
+    if call.dtype == torch.float32:
+        return 0  # no tensor cores, or tf32: nothing hides the decoding
+    return max(large, SMALL_M) if large > GEMV_M and 2 * call.K < call.N and call.N * call.K < SMALL else large
 
 
 def _dequantize(call: Call, backend: Backend) -> Choice:
@@ -162,12 +185,16 @@ def _dequantize(call: Call, backend: Backend) -> Choice:
     return Choice("quant_matmul", "dequantize", choice.because, choice.backend)
 
 
-@functools.lru_cache(maxsize=4096)
 def linear(call: Call, backend: Backend, route: Route = "auto") -> Choice:
     """The route of lora_linear's forward.
 
     Raises TritonUnsupported where Triton was asked for by name and cannot run, ValueError where a route was.
     """
+    return _linear(call, backend, route, bitsandbytes_kernels.is_loaded())
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear(call: Call, backend: Backend, route: Route, loaded: bool) -> Choice:
     can = LORA_LINEAR.choose(backend, call.device, call.dtype)
     if route != "auto":
         if problem := _why_not_route(route, call, can):
@@ -188,12 +215,17 @@ def linear(call: Call, backend: Backend, route: Route = "auto") -> Choice:
 
 def _merges(call: Call) -> bool:
     """Not in fp32, where rounding the merged weight would be the largest error of the layer."""
-    if call.p or call.tokens < MERGE_M or call.dtype == torch.float32:
+    if call.p or call.tokens < MERGE_M or call.dtype == torch.float32 or _why_not_merge(call):
         return False
-    return not call.training or call.N * call.K >= MERGE_IN_TRAINING
+    return not call.trained or call.N * call.K >= MERGE_IN_TRAINING
 
 
-@functools.lru_cache(maxsize=4096)
+def _why_not_merge(call: Call) -> str | None:
+    from peft_fast.kernels import dequantize_merge
+
+    return dequantize_merge.why_not(Format.parse(call.fmt), call.dtype)
+
+
 def linear_backward(call: Call, backend: Backend, route: Route = "auto") -> Choice:
     """The route of lora_linear's backward, for the same call as the forward's."""
     forward = linear(call, backend, route)
@@ -208,8 +240,10 @@ def _why_not_route(route: Route, call: Call, can: Choice) -> str | None:
         return None
     if not call.fmt:
         return "the weight is dense: there is nothing to decode"
+    if route == "merge" and call.p:
+        return "dropout is not a change of the weight"
     if route == "merge":
-        return "dropout is not a change of the weight" if call.p else None
+        return None if can.backend == "torch" else _why_not_merge(call)
     if can.backend == "torch":
         return None
     return why_not_fused(call, "triton") or why_not_fused(call, "triton", dx=True)
@@ -218,3 +252,8 @@ def _why_not_route(route: Route, call: Call, can: Choice) -> str | None:
 def choose(call: Call, backend: str | None = None, route: str | None = None) -> Choice:
     """The route that lora_linear takes for this call, with the reason; backend and route default to the process's."""
     return linear(call, resolve(backend), resolve_route(route))
+
+
+def choose_product(call: Call, backend: str | None = None) -> Choice:
+    """Who multiplies by a k-bit weight without an adapter, with the reason."""
+    return product(call, resolve(backend))

@@ -172,13 +172,14 @@ def test_route(kind):
     assert layer.route(512).route == "added"
     handle.remove()
     layer.set_adapter([])
-    assert (layer.route(512).route, layer.route(512).because) == ("base", "the adapters are not active here")
+    assert layer.route(512).route == "base"
+    assert layer.route(512).because.startswith("the adapters are not active here")
     layer.set_adapter("default")
     layer.enable_adapters(False)
-    assert layer.route(512).because == "the adapters are switched off"
+    assert layer.route(512).because.startswith("the adapters are switched off")
     layer.enable_adapters(True)
     layer.merge()
-    assert layer.route(512).because == "the adapters are merged"
+    assert layer.route(512).because.startswith("the adapters are merged")
 
 
 def test_a_base_layer_that_does_more_than_multiply_is_called():

@@ -121,20 +121,26 @@ class Linear(LoraLayer):
         return y if dtype is None else y.to(x.dtype)
 
     def route(self, tokens: int) -> Choice:
-        weight = matmul_weight(self.base_layer)
-        if not self.adapters_in_effect():
-            reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
-            return Choice("base_layer", "base", f"the adapters are {reason}")
-        if weight is None:
+        weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
+        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+        if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
+        if weight is None or (isinstance(weight, Tensor) and not adapters):
+            return Choice("base_layer", "base", f"the adapters are {reason}")
+        (N, K), R, p, trained = weight.shape, 0, 0.0, False
+        if adapters:
+            dropout = self.lora_dropout[adapters[0]]
+            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            R, trained = self.r[adapters[0]], any(factor.weight.requires_grad for factor in self.factors(adapters[0]))
         dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
-        (name, *_), training = self.adapters_in_effect(), self.training and torch.is_grad_enabled()
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
         fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
-        N, K = weight.shape
-        call = ops.Call(weight.device, dtype, tokens, N, K, self.r[name], fmt, p, training)
-        return ops.choose(call, self.backend)
+        call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
+        if adapters:
+            return ops.choose(call, self.backend)
+        base = ops.choose_product(call, self.backend)
+        return Choice("base_layer", "base", f"the adapters are {reason}; {base.route} by {base.backend}", base.backend)
 
     def projection(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> ops.Projection:
         """The base layer and one adapter as ops take them, with a new dropout key: for one forward of x."""

@@ -53,9 +53,10 @@ def dequantize(device: torch.device, numel: int) -> dict:
 
 
 def dequantize_int8(K: int) -> dict:
-    """As many elements, and whole rows where they are short."""
-    block_k = min(max(triton.next_power_of_2(K), 128), 4096)
-    return dict(BLOCK_N=4096 // block_k, BLOCK_K=block_k, num_warps=4)
+    """As many elements, and whole rows where they are short; eight a thread where each has an address of its own."""
+    elements, warps = (2048, 8) if K % 16 else (4096, 4)
+    block_k = min(max(triton.next_power_of_2(K), 128), elements)
+    return dict(BLOCK_N=elements // block_k, BLOCK_K=block_k, num_warps=warps)
 
 
 # LoRA's two projections, by rank and bytes per element: the widest tiles that spill nothing on any target.
@@ -131,19 +132,26 @@ def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> 
     candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
     stages = _newest(GEMM_STAGES, device)
     if not aligned:
-        return [dict(candidates[0], BLOCK_M=min(candidates[0]["BLOCK_M"], 64), num_warps=8, num_stages=2)]
+        block_m, block_k = min(candidates[0]["BLOCK_M"], 64), min(candidates[0]["BLOCK_K"], 64)
+        return [dict(candidates[0], BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8, num_stages=2)]
     return [dict(config, num_stages=stages) for config in candidates]
 
 
 # GEMV: the threads of a program lie along K, so that each reads its piece of x once for BLOCK_N rows of W and has as
-# many loads in flight; with more rows of x there are registers for fewer rows of W (128 at M = 8).
-GEMV = {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)}
+# many loads in flight; with more rows of x there are registers for fewer rows of W (128 at M = 8). BLOCK_N by BLOCK_M;
+# 8 rows spill on sm_100.
+GEMV = {
+    75: {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)},
+    100: {1: (4,), 2: (4, 2), 4: (4, 2), 8: (4, 2)},
+    120: {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)},
+}
 
 
-def quant_gemv(M: int, aligned: bool) -> list[dict]:
+def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
     """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's."""
     block_m = triton.next_power_of_2(M)
-    rows = GEMV[block_m] if aligned else (GEMV[block_m][0] // 2,)
+    known = _newest(GEMV, device)[block_m]
+    rows = known if aligned else (known[0] // 2,)
     return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in rows]
 
 

@@ -99,6 +99,6 @@ def quant_gemv(
         )  # fmt: skip
         return y if splits == 1 else sum_partials(y, x.dtype)
 
-    candidates = configs.quant_gemv(M, warps(x) == 4)
+    candidates = configs.quant_gemv(x.device, M, warps(x) == 4)
     tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
     return launch(autotune.pick("quant_gemv", tuned_for, candidates, launch, x.device))

@@ -35,6 +35,7 @@ test-all: $(call ready,test) ## every test that runs without a GPU
 gpu: $(call ready,test) ## on a GPU: the correctness suite compiled, then the benchmarks
 	$(PY) -m pytest -m "kernel or gpu" $(ARGS)
 	$(PY) -m bench.run
+	$(PY) -m bench.crossover
 
 compile: $(call ready,test) ## compile every kernel for every GPU: registers, spills, shared memory
 	@$(PY) -m bench.compile $(ARGS)

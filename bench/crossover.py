@@ -1,4 +1,4 @@
-"""Up to how many tokens decoding a 4-bit weight inside the product beats writing it out: the table for this card.
+"""Up to how many tokens decoding a k-bit weight inside the product beats writing it out: the table for this card.
 
     python -m bench.crossover [--shapes 4096x4096,14336x4096] [--rounds 21]
 
@@ -9,6 +9,7 @@ Needs a GPU: on a CPU nothing is ever fused.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +21,18 @@ from tqdm import tqdm
 
 from bench.harness import RESULTS, ROUNDS, Case, Row, append, device_name, measure, table
 from peft_fast.kernels import reference
-from peft_fast.quant import bitsandbytes_kernels, blockwise
+from peft_fast.quant import bitsandbytes_kernels, blockwise, int8
 from peft_fast.testing import relative_error
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CSV = RESULTS / "crossover.csv"
 
 
-def case(N: int, K: int, M: int, dtype: torch.dtype, device: torch.device, dx: bool) -> Case:
+def case(N: int, K: int, M: int, kind: str, dtype: torch.dtype, device: torch.device, dx: bool) -> Case:
     from peft_fast.kernels import triton_ops
 
-    weight = blockwise.quantize(torch.randn(N, K, device=device, dtype=dtype) * 0.02)
+    W = torch.randn(N, K, device=device, dtype=dtype) * 0.02
+    weight = int8.quantize(W) if kind == "int8" else blockwise.quantize(W, kind)
     x = torch.randn(M, N if dx else K, device=device, dtype=dtype)
     providers: dict[str, Callable[[], torch.Tensor]] = {}
     if dx:
@@ -48,17 +50,19 @@ def case(N: int, K: int, M: int, dtype: torch.dtype, device: torch.device, dx: b
         for name, run in providers.items():
             assert relative_error(run().double(), truth) < 4 * torch.finfo(dtype).eps, name
 
-    return Case("quant_matmul_dx" if dx else "quant_matmul", f"{N}x{K} M={M}", dtype, "forward", providers, gate)
+    return Case("quant_matmul_dx" if dx else "quant_matmul", f"{kind}:{N}x{K} M={M}", dtype, "forward", providers, gate)
 
 
 def crossovers(rows: list[Row]) -> list[str]:
-    """For each op and weight, the largest number of tokens at which a fused provider is faster than dequantising."""
+    """For each op and weight, up to how many tokens a fused provider is faster than dequantising, without a gap."""
     found = []
     for key in dict.fromkeys((row.op, row.shape.split()[0]) for row in rows):
         mine = [row for row in rows if (row.op, row.shape.split()[0]) == key]
         for provider in dict.fromkeys(row.provider for row in mine if not row.provider.startswith("dequantize")):
-            wins = [int(r.shape.split("=")[1]) for r in mine if r.provider == provider and r.speedup > 1]
-            found.append(f"{key[0]} {key[1]}: {provider} wins up to M = {max(wins, default=0)}")
+            of_provider = [row for row in mine if row.provider == provider]
+            wins = list(itertools.takewhile(lambda row: row.speedup > 1, of_provider))
+            up_to = wins[-1].shape.split("=")[1] if wins else 0
+            found.append(f"{key[0]} {key[1]}: {provider} wins up to M = {up_to}")
     return found
 
 
@@ -74,9 +78,8 @@ def main() -> int:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     rows: list[Row] = []
     for N, K in tqdm(shapes, unit="shape"):
-        for M in TOKENS:
-            for dx in (False, True):
-                rows += measure(case(N, K, M, torch.bfloat16, device, dx), device, options.rounds)
+        for kind, dx, M in itertools.product(("nf4", "int8"), (False, True), TOKENS):
+            rows += measure(case(N, K, M, kind, torch.bfloat16, device, dx), device, options.rounds)
     print(device_name(device))
     print(table(rows))
     print("\n".join(crossovers(rows)))

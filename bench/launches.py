@@ -5,7 +5,7 @@ The compile matrix and the launch counts both read the launchers' own calls, so 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ class Launch:
     constexprs: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]  # arguments known to be multiples of 16: pointers (bytes) and integers
     options: tuple[tuple[str, Any], ...]
+    grid: tuple[int, ...] = field(default=(), compare=False)  # decides nothing about the binary
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__.strip("_")
 
 
-def _describe(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
+def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Launch:
     """As Triton specialises: 1 and None become constants, multiples of 16 are marked, floats are fp32."""
     signature, constexprs, divisible = [], [], []
     given = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
@@ -55,7 +56,7 @@ def _describe(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
             if free and value % 16 == 0:
                 divisible.append(name)
     options = tuple((k, kwargs[k]) for k in OPTIONS if k in kwargs)
-    return Launch(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options)
+    return Launch(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options, grid)
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def record() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_describe(self, args, kwargs))
+        launches.append(_describe(self, tuple(grid), args, kwargs))
 
     original = JITFunction.run
     JITFunction.run = run

@@ -156,9 +156,9 @@ def train(name: str, model_dir: str, rows: Tensor, held_out: Tensor, rate: float
 
 
 def verdict(runs: list[Run], found: list[Slope]) -> list[str]:
-    """What fails, in words; empty where merging passes the gate."""
+    """What fails, in words; empty where every layer of both models and every loss passes the gate."""
     low, high = SLOPES_ALLOWED
-    failures = [f"slope: {s}" for s in found if s.model == "wide" and not low <= s.slope <= high]
+    failures = [f"slope: {s}" for s in found if not low <= s.slope <= high]
     losses = {(r.rate, r.seed, r.arm): r.loss_after for r in runs}
     for rate, seed in dict.fromkeys((r.rate, r.seed) for r in runs):
         exact = losses[rate, seed, "fp32"]
@@ -166,6 +166,12 @@ def verdict(runs: list[Run], found: list[Slope]) -> list[str]:
         if merge > split + LOSS_ALLOWED:
             failures.append(f"loss at lr {rate:g}, seed {seed}: merge is {merge:.5f} from fp32, split {split:.5f}")
     return failures
+
+
+def _fails_from(found: list[Slope], weights: int) -> bool:
+    """Whether any layer of at least this size leaves the bounds."""
+    low, high = SLOPES_ALLOWED
+    return any(s.weights >= weights and not low <= s.slope <= high for s in found)
 
 
 def plot(runs: list[Run], found: list[Slope], path: Path) -> None:
@@ -231,7 +237,9 @@ def main() -> int:
         print(f"{name}: {outside} of {len(z)} slopes outside {SLOPES_ALLOWED}; (slope - 1) / standard error: "
               f"mean {z.mean():.2f}, standard deviation {z.std():.2f}")  # fmt: skip
     failures = verdict(runs, found)
+    smallest = min((s.weights for s in found if not _fails_from(found, s.weights)), default=None)
     print("\n".join(failures) or "merging passes the gate")
+    print(f"slopes pass in all layers of at least {smallest} weights")
     return 1 if failures else 0
 
 

@@ -135,7 +135,7 @@ def nearest(values: Tensor, code: Tensor) -> Tensor:
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     """fp32 scales [blocks] -> (uint8 [blocks], the nested scales that decode them)."""
-    offset = absmax.mean()
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())  # the mean of no scales would be NaN
     blocks, G = absmax.numel(), 256
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % G)).view(-1, G)
     outer = centred.abs().amax(dim=1)

@@ -150,3 +150,34 @@ def test_launches_are_recorded_as_triton_would_specialise_them():
     assert constants["bias_ptr"] is None
     assert constants["BLOCK_R"] == 16
     assert dict(call.options)["num_warps"] == 8  # B has rows of one element: unaligned (tiles.warps)
+
+
+def test_grids_fit_a_gpu():
+    """The second and third axis of a grid end at 65,535: heads of 128,256 tokens, a million tokens, 4 and 8 bits."""
+    from peft_fast.kernels import triton_ops
+    from peft_fast.quant.weight import QuantizedWeight
+
+    N, K, M = 128_256, 4096, 1 << 20
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    fp32 = torch.float32
+    codes, scales = tensor(N * K, dtype=torch.int8), tensor(N, dtype=fp32)
+    int8 = QuantizedWeight(codes, scales, None, (N, K), K, "int8", torch.bfloat16)
+    data, absmax = tensor(N * K // 2, dtype=torch.uint8), tensor(N * K // 64, dtype=fp32)
+    nf4 = QuantizedWeight(data, absmax, tensor(16, dtype=fp32), (N, K), 64, "nf4", torch.bfloat16)
+    A, B, x, s = tensor(16, K), tensor(N, 16), tensor(M, K), tensor(M, 16)
+    with record() as calls:
+        for weight in (int8, nf4):
+            triton_ops.dequantize(weight)
+            triton_ops.dequantize_merge(weight, A, B, 1.0, torch.bfloat16)
+            triton_ops.quant_matmul(x[:512], weight, None, s[:512], B, 1.0)
+            triton_ops.quant_matmul(x[:4], weight)
+        triton_ops.lora_down(x, A)
+        triton_ops.lora_down_backward(s, x, A, 0.0, None, x)
+        triton_ops.lora_up_add_(x, s, tensor(K, 16), 1.0)
+        triton_ops.glu(x, x, "silu")
+    assert len({call.name for call in calls}) >= 9
+    for call in calls:
+        assert all(size <= 65_535 for size in call.grid[1:]), (call.name, call.grid)

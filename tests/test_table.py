@@ -90,6 +90,7 @@ def test_merging(card):
     assert picks(call(4096, p=0.1))[1:] == ("split", "split")
     assert picks(call(4096, dtype=torch.float32))[1:] == ("split", "split")
     small = call(4096, K=64)._replace(N=table.MERGE_IN_TRAINING // 64 - 1)
+    assert call(1).N * call(1).K >= table.MERGE_IN_TRAINING
     assert picks(small)[1:] == ("split", "split")
     assert picks(small._replace(N=small.N + 1))[1:] == ("merge", "merge")
     assert picks(small._replace(trained=False))[1] == "merge"

@@ -266,3 +266,29 @@ def test_copies_of_a_prepared_model_are_prepared(llama):
     twin = copy.deepcopy(model)
     assert photograph(twin)["parameters"] == photograph(model)["parameters"]
     assert isinstance(twin.model.layers[0].mlp.up_proj, QuantizedLinear)
+
+
+def test_what_cannot_be_checkpointed_is_refused_before_anything_changes():
+    model = quantize_linear_layers(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).bfloat16())
+    with pytest.raises(
+        ValueError, match=r"Sequential cannot be checkpointed: .* pass use_gradient_checkpointing=False"
+    ):
+        prepare_model_for_kbit_training(model)
+    assert model[1].weight.dtype == torch.bfloat16
+    assert model[1].weight.requires_grad
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert model[1].weight.dtype == torch.float32
+
+
+def test_adapters_that_are_there_already_are_frozen_with_a_warning():
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="call this before get_peft_model"):
+        prepare_model_for_kbit_training(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_gradients_are_cast_with_their_parameters():
+    layer = nn.Linear(8, 8).half()
+    layer.weight.grad = torch.ones(8, 8, dtype=torch.float16)
+    cast_mixed_precision_params(layer, torch.bfloat16)
+    assert (layer.weight.dtype, layer.weight.grad.dtype) == (torch.float32, torch.float32)

@@ -3,6 +3,7 @@ no kernel has run on a GPU yet, and every block says where its numbers come from
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,7 @@ def target(asked_for: int) -> Iterator[None]:
         _asked_for = before
 
 
-def _newest(table: dict[int, dict], device: torch.device) -> dict:
+def _newest(table: dict[int, Any], device: torch.device) -> Any:
     """The entry of the highest capability that is not above the device's."""
     own = capability(device)
     return table[max(known for known in table if known <= own)]

@@ -155,6 +155,19 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**config_dict)
 
 
+def checked_config(config: Any) -> PeftConfig:
+    if not isinstance(config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a PeftConfig of peft_fast, such as LoraConfig(), got {_kind(config)}: "
+            "get_peft_config makes one of a dict"
+        )
+    return config
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
+
+
 def _unknown_options(config_type: type[PeftConfig], unknown: Iterable[str]) -> str:
     known = sorted(config_type.option_names())
     parts = []

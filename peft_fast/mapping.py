@@ -4,28 +4,32 @@ import warnings
 
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, checked_config
 from .model import PeftModel
 from .peft_types import TaskType
-from .tasks import PeftModelForCausalLM
+from .tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from .tuners.layer import AdapterHolder
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
     TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
 
 
 def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The class for a task; `default` without one."""
-    if task_type is None:
-        return default
-    if task_type in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
-    built = ", ".join(task.value for task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
-    raise NotImplementedError(
-        f"task_type {TaskType(task_type).value} is not built in peft_fast yet: there is {built}, and None, with which "
-        "the model's own forward is called"
-    )
+    return default if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
 
 
 def get_peft_model(
@@ -43,7 +47,7 @@ def get_peft_model(
     """
     if mixed:
         raise NotImplementedError("mixed=True, adapters of several types on one model, is not built yet: leave it out")
-    wrapper = model_class(peft_config.task_type)
+    wrapper = model_class(checked_config(peft_config).task_type)
     if any(isinstance(module, AdapterHolder) for module in model.modules()):
         warnings.warn(
             "the model has adapters already: to add one call add_adapter, to start anew call unload() first",

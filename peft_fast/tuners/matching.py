@@ -10,6 +10,7 @@ from torch import nn
 
 from .base_weight import is_dense_linear, quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
+from .modules_to_save import is_inside_named
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
@@ -77,7 +78,7 @@ def _is_wanted(config: Any, path: str) -> bool:
     if excluded and matches(excluded, path):
         return False
     saved = getattr(config, "modules_to_save", None) or ()
-    if any(re.fullmatch(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?", path) for name in saved):
+    if is_inside_named(path, saved):
         return False
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:

@@ -36,6 +36,11 @@ class LoraLayer(BaseTunerLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
+    def _get_name(self) -> str:
+        """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
+        base = type(self.get_base_layer()).__name__ if "base_layer" in self._modules else ""
+        return base if base in ("Linear4bit", "Linear8bitLt") else super()._get_name()
+
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
 

@@ -13,6 +13,7 @@ from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_m
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
 from .explain import explain
+from .inject import inject_adapter_in_model
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import get_peft_model
 from .model import PeftModel
@@ -60,6 +61,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",

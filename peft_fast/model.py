@@ -34,7 +34,8 @@ from .peft_types import PeftType
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
-from .tuners.base import BaseTuner, list_of_names
+from .tuners.base import BaseTuner
+from .tuners.names import list_of_names
 
 
 class PeftModel(PushToHubMixin, nn.Module):

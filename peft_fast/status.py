@@ -28,8 +28,8 @@ class TunerLayerStatus:
     requires_grad        by adapter: True, False, or "irregular" where its weights differ
     available_adapters   those that this layer has, sorted
     devices              by adapter: the types of the devices that its weights are on, sorted
-    quantization_backend "bnb 4bit" and "bnb 8bit", as in peft's documents (its LoRA layers leave it None), or the format
-                         of a peft_fast.QuantizedLinear; None for a dense layer
+    quantization_backend "bnb 4bit" and "bnb 8bit", as in peft's documents (its LoRA layers leave it None), "nf4" and
+                         others for a peft_fast.QuantizedLinear; None for a dense layer
     """
 
     name: str
@@ -68,7 +68,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -156,7 +156,7 @@ def _backend(layer: AdapterHolder) -> str | None:
     weight = quantized_weight(base)
     if weight is None:
         return None
-    return f"bnb {weight.bits}bit" if type(base).__module__.startswith("bitsandbytes") else str(weight.format)
+    return f"bnb {weight.bits}bit" if type(base).__module__.startswith("bitsandbytes") else weight.quant_type
 
 
 def _agreed(values: Iterable[Value]) -> Value | Irregular:

@@ -5,6 +5,7 @@ A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by ada
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,44 @@ class LoraLayer(BaseTunerLayer):
         base = type(self.get_base_layer()).__name__ if "base_layer" in self._modules else ""
         return base if base in ("Linear4bit", "Linear8bitLt") else super()._get_name()
 
+    def initial_scale(self, adapter: str) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scale `scale` times what its config says. A layer without this adapter stays as it is."""
+        factor = checked_factor("scale", scale)
+        if adapter in self.scaling:
+            self._check_unmerged([adapter])
+            self.scaling[adapter] = factor * self.initial_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        self._multiply_scales(checked_factor("scale", scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters, or, without a number, make them what the config says."""
+        if scale is None:
+            self._check_unmerged(self.active_adapters)
+            self.scaling.update(
+                {name: self.initial_scale(name) for name in self.active_adapters if name in self.scaling}
+            )
+        elif checked_factor("scale", scale) == 0:
+            raise ValueError("scale must not be 0: dividing by it has no result; unscale_layer() undoes scale_layer(0)")
+        else:
+            self._multiply_scales(1 / scale)
+
+    def _multiply_scales(self, factor: float) -> None:
+        if factor != 1:
+            self._check_unmerged(self.active_adapters)
+            self.scaling.update({n: self.scaling[n] * factor for n in self.active_adapters if n in self.scaling})
+
+    def _check_unmerged(self, adapters: Iterable[str]) -> None:
+        merged = [name for name in adapters if name in self.merged_adapters]
+        if merged:
+            raise ValueError(f"adapters {merged} are merged with the scale that they have: call unmerge_adapter first")
+
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
 
@@ -64,8 +103,8 @@ class Linear(LoraLayer):
         """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
         self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.initial_scale(adapter_name)
         self.lora_bias[adapter_name] = config.lora_bias
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
@@ -169,3 +208,11 @@ class Linear(LoraLayer):
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
+
+
+def checked_factor(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return value

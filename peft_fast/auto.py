@@ -59,7 +59,9 @@ class _BaseAutoPeftModel:
         Where a tokenizer with added tokens lies beside the adapter, the embeddings are enlarged to fit it.
         Raises ValueError for an adapter of another task, or whose base model cannot be told.
         """
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"revision": revision}
+        where: dict[str, Any] = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {
+            "revision": revision
+        }
         if config is None:
             config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **where)
         target: Any = cls._class_of_base(config, IMPORT_ALLOWLIST if import_allowlist is None else import_allowlist)
@@ -69,7 +71,9 @@ class _BaseAutoPeftModel:
                 "(base_model_name_or_path): load that yourself and call PeftModel.from_pretrained"
             )
         for_base = {name: value for name, value in kwargs.items() if name not in (*OF_THE_ADAPTER, *NOT_FOR_THE_BASE)}
-        for_adapter = {name: value for name, value in kwargs.items() if name in (*OF_THE_ADAPTER, *OF_BOTH)}
+        for_adapter: dict[str, Any] = {
+            name: value for name, value in kwargs.items() if name in (*OF_THE_ADAPTER, *OF_BOTH)
+        }
         base = target.from_pretrained(config.base_model_name_or_path, revision=config.revision, **for_base)
         _fit_tokenizer(base, pretrained_model_name_or_path, kwargs.get("trust_remote_code", False), where)
         return cls._target_peft_class.from_pretrained(

@@ -50,9 +50,10 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors as a file holds them. `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that
-    adapters were injected into: its keys lack the "base_model.model." that a PeftModel's begin with.
+    """An adapter's tensors as a file holds them.
 
+    `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
+    the "base_model.model." that a PeftModel's begin with.
     `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).

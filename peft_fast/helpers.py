@@ -66,10 +66,9 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
 
 def _take_over(model: Any, name: str) -> None:
     of_base = getattr(type(model.get_base_model()), name, None)
-    kinds = [parameter.kind for parameter in inspect.signature(getattr(model, name)).parameters.values()]
-    if of_base is None or any(
-        kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds
-    ):
+    parameters = inspect.signature(getattr(model, name)).parameters.values()
+    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if of_base is None or any(parameter.kind not in anything for parameter in parameters):
         return
     own = getattr(type(model), name)
 

@@ -52,8 +52,8 @@ def tuner_of(model: Any) -> tuple[BaseTuner, str]:
     configs = _configs(model)
     if not configs:
         raise ValueError(
-            f"{type(model).__name__} has no adapters: a PeftModel is needed, out of any DDP or FSDP wrapper, or a model "
-            "that went through inject_adapter_in_model"
+            f"{type(model).__name__} has no adapters: a PeftModel is needed, out of any DDP or FSDP wrapper, or a "
+            "model that went through inject_adapter_in_model"
         )
     return tuner_class(next(iter(configs.values())).peft_type).around(model, configs), ""
 
@@ -63,7 +63,7 @@ def _configs(model: Any) -> dict[str, PeftConfig] | None:
     configs = vars(model).get("peft_config")
     if not isinstance(configs, dict) or not all(isinstance(config, PeftConfig) for config in configs.values()):
         configs = None
-    if not configs and any(isinstance(module, AdapterHolder) for module in model.modules()):
+    if not configs and any(m.available_adapters() for m in model.modules() if isinstance(m, AdapterHolder)):
         raise ValueError(
             f"the adapters in {type(model).__name__} belong to a PeftModel around it: use that, or call unload() first"
         )

@@ -159,7 +159,8 @@ def targets_in(tuner: Any, state_dict: Mapping[str, Any], config: Any) -> set[st
         warnings.warn(f"state_dict has weights for layers that the model lacks: {absent}", stacklevel=3)
     if dropped := sorted(path for path in found if not _is_wanted(config, path)):
         raise ValueError(
-            f"state_dict has weights for {dropped}, which {', '.join(_FILTERS)} of the config take away: leave those out"
+            f"state_dict has weights for {dropped}, which {', '.join(_FILTERS)} of the config take away: "
+            "leave those out"
         )
     if config.target_modules is not None:
         targets = tuner._resolved_targets(config)

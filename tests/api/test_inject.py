@@ -4,11 +4,13 @@ import copy
 import warnings
 
 import peft
+import peft.functional
 import pytest
 import torch
 from torch import nn
 
 import peft_fast
+import peft_fast.functional
 from peft_fast import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft_fast import set_peft_model_state_dict as set_state_dict
 
@@ -165,6 +167,65 @@ def test_what_is_refused(llama, untouched):
             inject(peft_fast, model)
         with pytest.raises(ValueError, match="not found"):
             inject(peft_fast, model, "other", target_modules=["nothing"])
+
+
+class TestFunctional:
+    def both(self, llama, **options):
+        models = []
+        for library in LIBRARIES:
+            model = inject(library, llama(), **options)
+            inject(library, model, "other", target_modules=["up_proj", "down_proj"], **options)
+            models.append(model)
+        return models
+
+    def test_setting_and_freezing(self, llama, tokens, trained):
+        models = [trained(model) for model in self.both(llama)]
+        calls = [
+            lambda f, m: f.set_adapter(m, "default"),
+            lambda f, m: f.set_adapter(m, ["default", "other"]),
+            lambda f, m: f.set_adapter(m, "other", inference_mode=True),
+            lambda f, m: f.set_requires_grad(m, "other"),
+            lambda f, m: f.set_requires_grad(m, ["default", "other"], requires_grad=False),
+        ]
+        for call in calls:
+            for library, model in zip(LIBRARIES, models):
+                call(library.functional, model)
+            assert flags(models[0]) == flags(models[1])
+            torch.testing.assert_close(models[0](tokens).logits, models[1](tokens).logits)
+
+    def test_deleting(self, llama):
+        models = self.both(llama)
+        for library, model in zip(LIBRARIES, models):
+            library.functional.set_adapter(model, "default")
+            assert library.functional.delete_adapter(model, "other", prefix="lora_") == ["default"]
+        assert flags(models[0]) == flags(models[1])
+        ours = models[0]
+        assert list(ours.peft_config) == ["default"]
+        assert peft_fast.functional.delete_adapter(ours, "default", prefix="lora_") is None
+        assert not [name for name in flags(ours) if "lora_" in name]
+        inject(peft_fast, ours, "again")
+        assert peft_fast.get_model_status(ours).active_adapters == ["again"]
+
+    def test_casting(self, llama):
+        model = inject(peft_fast, llama(torch.bfloat16))
+        weights = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        peft_fast.functional.cast_adapter_dtype(model, "default", autocast_adapter_dtype=False)
+        assert {weight.dtype for weight in weights} == {torch.bfloat16}
+        peft_fast.functional.cast_adapter_dtype(model, "default")
+        assert {weight.dtype for weight in weights} == {torch.float32}
+
+    def test_what_is_refused(self, llama, untouched):
+        model, f = inject(peft_fast, llama()), peft_fast.functional
+        with untouched(model):
+            for call in (f.set_adapter, f.delete_adapter, f.set_requires_grad, f.cast_adapter_dtype):
+                with pytest.raises(ValueError, match="'nobody' does not exist"):
+                    call(model, "nobody")
+                with pytest.raises(ValueError, match="has no adapters"):
+                    call(llama(), "default")
+            with pytest.raises(ValueError, match="prefix must be 'lora_'"):
+                f.delete_adapter(model, "default", "hada_")
+            with pytest.raises(NotImplementedError, match="layer_cls"):
+                f.set_adapter(model, "default", layer_cls=nn.Linear)
 
 
 class TestGetPeftConfig:

@@ -51,29 +51,30 @@ class LoraLayer(BaseTunerLayer):
         """Make an adapter's scale `scale` times what its config says. A layer without this adapter stays as it is."""
         factor = checked_factor("scale", scale)
         if adapter in self.scaling:
-            self._check_unmerged([adapter])
-            self.scaling[adapter] = factor * self.initial_scale(adapter)
+            self._set_scales({adapter: factor * self.initial_scale(adapter)})
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scales of the active adapters."""
-        self._multiply_scales(checked_factor("scale", scale))
+        factor = checked_factor("scale", scale)
+        if factor != 1:
+            self._set_scales({name: self.scaling[name] * factor for name in self._scaled()})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scales of the active adapters, or, without a number, make them what the config says."""
         if scale is None:
-            self._check_unmerged(self.active_adapters)
-            self.scaling.update(
-                {name: self.initial_scale(name) for name in self.active_adapters if name in self.scaling}
-            )
-        elif checked_factor("scale", scale) == 0:
+            return self._set_scales({name: self.initial_scale(name) for name in self._scaled()})
+        divisor = checked_factor("scale", scale)
+        if divisor == 0:
             raise ValueError("scale must not be 0: dividing by it has no result; unscale_layer() undoes scale_layer(0)")
-        else:
-            self._multiply_scales(1 / scale)
+        return self._set_scales({name: self.scaling[name] / divisor for name in self._scaled()})
 
-    def _multiply_scales(self, factor: float) -> None:
-        if factor != 1:
-            self._check_unmerged(self.active_adapters)
-            self.scaling.update({n: self.scaling[n] * factor for n in self.active_adapters if n in self.scaling})
+    def _scaled(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _set_scales(self, scales: dict[str, float]) -> None:
+        self._check_unmerged(name for name, scale in scales.items() if scale != self.scaling[name])
+        self.scaling.update(scales)
 
     def _check_unmerged(self, adapters: Iterable[str]) -> None:
         merged = [name for name in adapters if name in self.merged_adapters]

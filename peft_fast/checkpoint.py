@@ -28,7 +28,7 @@ from .tuners.modules_to_save import ModulesToSaveWrapper
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]  # what "auto" looks for
 
 
 class LoadResult(NamedTuple):

@@ -4,7 +4,8 @@ import warnings
 
 from torch import nn
 
-from .config import PeftConfig, checked_config
+from .config import PeftConfig, checked_config, get_peft_config
+from .inject import inject_adapter_in_model
 from .model import PeftModel
 from .peft_types import TaskType
 from .tasks import (
@@ -69,3 +70,12 @@ def _note_base_model(config: PeftConfig, model: nn.Module, revision: str | None)
         if config.revision not in (None, revision):
             warnings.warn(f"revision was {config.revision!r} in the config and is now {revision!r}", stacklevel=3)
         config.revision = revision
+
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+    "model_class",
+]

@@ -63,11 +63,14 @@ def _configs(model: Any) -> dict[str, PeftConfig] | None:
     configs = vars(model).get("peft_config")
     if not isinstance(configs, dict) or not all(isinstance(config, PeftConfig) for config in configs.values()):
         configs = None
-    if not configs and any(m.available_adapters() for m in model.modules() if isinstance(m, AdapterHolder)):
+    if configs or not any(m.available_adapters() for m in model.modules() if isinstance(m, AdapterHolder)):
+        return configs
+    if any(isinstance(module, BaseTuner) for module in model.modules()):
         raise ValueError(
-            f"the adapters in {type(model).__name__} belong to a PeftModel around it: use that, or call unload() first"
+            f"{type(model).__name__} is a wrapper around a PeftModel: pass the PeftModel itself (of DDP `module`, of "
+            "torch.compile `_orig_mod`)"
         )
-    return configs
+    raise ValueError(f"the adapters in {type(model).__name__} belong to a PeftModel around it: use that")
 
 
 def _check_one_type(config: PeftConfig, there: Mapping[str, PeftConfig]) -> None:

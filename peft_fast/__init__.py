@@ -1,32 +1,67 @@
 """peft_fast: the PeftModel API of Hugging Face PEFT on fused Triton kernels."""
 
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
 from .explain import explain
+from .inject import inject_adapter_in_model
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import get_peft_model
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
-from .tasks import PeftModelForCausalLM
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from .tuners import LoraConfig, LoraModel
 from .tuners.lora import set_lora_mlp
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "QuantizedLinear",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "cast_mixed_precision_params",
     "explain",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .files import locate
+from .inject import tuner_of
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."  # of every key in a file: where a PeftModel has the user's model
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]  # what "auto" looks for
 
 
 class LoadResult(NamedTuple):
@@ -50,16 +50,19 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors as a file holds them. `model` is a PeftModel, out of any DDP or FSDP wrapper.
+    """An adapter's tensors as a file holds them.
 
+    `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
+    the "base_model.model." that a PeftModel's begin with.
     `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    keys = {PREFIX + key: PREFIX + name for key, name in model.base_model.state_keys(adapter_name).items()}
-    keys |= {key: key for key in _embeddings_to_save(model, adapter_name, save_embedding_layers)}
+    tuner, prefix = tuner_of(model)
+    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
     tensors = _tensors(model) if state_dict is None else state_dict
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
@@ -74,7 +77,7 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Load an adapter's tensors into `model`, a PeftModel that has an adapter of that name.
+    """Load an adapter's tensors into `model`, which has an adapter of that name: see get_peft_model_state_dict.
 
     Weights on the meta device are replaced (`low_cpu_mem_usage` says that there are such), others written to.
     Raises ValueError, before anything is written, where the tensors are another model's or another rank's.
@@ -87,9 +90,10 @@ def set_peft_model_state_dict(
 def plan_load(
     model: Any, state_dict: Mapping[str, Any], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> LoadPlan:
-    keys = {PREFIX + key: PREFIX + name for key, name in model.base_model.state_keys(adapter_name).items()}
+    tuner, prefix = tuner_of(model)
+    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     expected = len(keys)
-    keys |= {key: key for key in _embedding_keys(model) if key in state_dict}
+    keys |= {key: key for name in _embedding_keys(tuner) if (key := prefix + name) in state_dict}
     values = {keys[key]: value for key, value in state_dict.items() if key in keys}
     result = LoadResult([key for key in keys if key not in state_dict], [key for key in state_dict if key not in keys])
     if expected and len(result.missing_keys) == expected:
@@ -124,7 +128,7 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
         path, _, attribute = name.rpartition(".")
         loaded = nn.Parameter(value.to(own[name].dtype), requires_grad=own[name].requires_grad)
         setattr(model.get_submodule(path), attribute, loaded)
-    for _, layer in model.base_model.layers():
+    for _, layer in tuner_of(model)[0].layers():
         layer.place_adapter(adapter_name, keep_dtype=True)
 
 
@@ -184,10 +188,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _embedding_keys(model: Any, only_adapted: bool = False) -> list[str]:
-    """The keys of the base model's input and output embeddings in a file."""
+def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
+    """The names of the base model's input and output embeddings."""
     keys: list[str] = []
-    tuner: BaseTuner = model.base_model
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer = getattr(tuner.model, getter)() if hasattr(tuner.model, getter) else None
         path = next((path for path, module in tuner.model.named_modules() if module is layer), None)
@@ -196,34 +199,34 @@ def _embedding_keys(model: Any, only_adapted: bool = False) -> list[str]:
         adapted = isinstance(layer, BaseTunerLayer)
         if adapted or not only_adapted:
             path = f"{path}.base_layer" if adapted else path
-            keys += [f"{PREFIX}{path}.{name}" for name, _ in tuner.model.get_submodule(path).named_parameters()]
+            keys += [f"{path}.{name}" for name, _ in tuner.model.get_submodule(path).named_parameters()]
     return keys
 
 
-def _embeddings_to_save(model: Any, adapter_name: str, choice: bool | str) -> list[str]:
+def _embeddings_to_save(tuner: BaseTuner, adapter_name: str, choice: bool | str) -> list[str]:
     if choice not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {choice!r}")
     if choice is False:
         return []
     adapted = any(
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
-        for path, layer in model.base_model.layers()
+        for path, layer in tuner.layers()
     )
     if adapted:
         if choice == "auto":
             warnings.warn("an embedding layer is adapted: its base weight is saved with the adapter", stacklevel=4)
-        return _embedding_keys(model, only_adapted=True)
-    if choice == "auto" and not _vocabulary_was_resized(model, adapter_name):
+        return _embedding_keys(tuner, only_adapted=True)
+    if choice == "auto" and not _vocabulary_was_resized(tuner, adapter_name):
         return []
     if choice == "auto":
         warnings.warn("the vocabulary was resized: the embeddings are saved with the adapter", stacklevel=4)
-    return _embedding_keys(model)
+    return _embedding_keys(tuner)
 
 
-def _vocabulary_was_resized(model: Any, adapter_name: str) -> bool:
+def _vocabulary_was_resized(tuner: BaseTuner, adapter_name: str) -> bool:
     """Against the base model's own config file, where it is at hand: nothing is downloaded for this."""
-    name = model.peft_config[adapter_name].base_model_name_or_path
-    now = getattr(getattr(model, "config", None), "vocab_size", None)
+    name = tuner.peft_config[adapter_name].base_model_name_or_path
+    now = getattr(getattr(tuner.model, "config", None), "vocab_size", None)
     if not name or now is None:
         return False
     path: Any = Path(name, "config.json")

@@ -149,10 +149,37 @@ class PeftConfig:
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
-    """The config that a dict with `peft_type` and the method's options describes."""
-    if "peft_type" not in config_dict:
-        raise ValueError(f"the dict must have a key 'peft_type', got the keys {sorted(config_dict)}")
-    return PeftConfig.from_peft_type(**config_dict)
+    """The config that a dict with `peft_type` and the method's options describes.
+
+    Unknown keys are dropped with a warning where their value is None: dicts of old documents have such (enable_lora).
+    Raises ValueError for a dict without a peft_type, TypeError for other unknown keys.
+    """
+    from .tuners import config_class  # the table has the subclasses of PeftConfig
+
+    if not isinstance(config_dict, Mapping):
+        raise TypeError(f"config_dict must be a dict of options, got {_kind(config_dict)}")
+    if not config_dict.get("peft_type"):
+        raise ValueError(f"the dict must have a key 'peft_type', got the keys {sorted(map(str, config_dict))}")
+    config_type = config_class(config_dict["peft_type"])
+    options = {key: value for key, value in config_dict.items() if key != "peft_type"}
+    unknown = [key for key in options if key not in config_type.option_names()]
+    unset = [key for key in unknown if options[key] is None]
+    if unset and unset == unknown:
+        warnings.warn(f"{config_type.__name__} has no options {unset}: they are None and are left out", stacklevel=2)
+    return config_type(**{key: value for key, value in options.items() if key not in unset})
+
+
+def checked_config(config: Any) -> PeftConfig:
+    if not isinstance(config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a PeftConfig of peft_fast, such as LoraConfig(), got {_kind(config)}: "
+            "get_peft_config makes one of a dict"
+        )
+    return config
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
 
 
 def _unknown_options(config_type: type[PeftConfig], unknown: Iterable[str]) -> str:

@@ -4,28 +4,33 @@ import warnings
 
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, checked_config, get_peft_config
+from .inject import inject_adapter_in_model
 from .model import PeftModel
 from .peft_types import TaskType
-from .tasks import PeftModelForCausalLM
+from .tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from .tuners.layer import AdapterHolder
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
     TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
 
 
 def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The class for a task; `default` without one."""
-    if task_type is None:
-        return default
-    if task_type in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
-    built = ", ".join(task.value for task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
-    raise NotImplementedError(
-        f"task_type {TaskType(task_type).value} is not built in peft_fast yet: there is {built}, and None, with which "
-        "the model's own forward is called"
-    )
+    return default if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task_type)]
 
 
 def get_peft_model(
@@ -43,7 +48,7 @@ def get_peft_model(
     """
     if mixed:
         raise NotImplementedError("mixed=True, adapters of several types on one model, is not built yet: leave it out")
-    wrapper = model_class(peft_config.task_type)
+    wrapper = model_class(checked_config(peft_config).task_type)
     if any(isinstance(module, AdapterHolder) for module in model.modules()):
         warnings.warn(
             "the model has adapters already: to add one call add_adapter, to start anew call unload() first",
@@ -65,3 +70,12 @@ def _note_base_model(config: PeftConfig, model: nn.Module, revision: str | None)
         if config.revision not in (None, revision):
             warnings.warn(f"revision was {config.revision!r} in the config and is now {revision!r}", stacklevel=3)
         config.revision = revision
+
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+    "model_class",
+]

@@ -27,13 +27,15 @@ from .checkpoint import (
     plan_load,
     ready_to_save,
 )
-from .config import CONFIG_NAME, PeftConfig
+from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, write_together
 from .kbit import make_inputs_require_grad
+from .peft_types import PeftType
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
-from .tuners.base import BaseTuner, list_of_names
-from .tuners.base_weight import quantized_weight, storage
+from .tuners.base import BaseTuner
+from .tuners.names import list_of_names
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -44,18 +46,21 @@ class PeftModel(PushToHubMixin, nn.Module):
     Raises ValueError or NotImplementedError for what cannot be done; `model` is then unchanged.
     """
 
+    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})  # ours, never the base model's
+    _is_prompt_learning = False
     _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
     base_model: BaseTuner
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: PeftConfig,
+        peft_config: PeftConfig | None,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        peft_config = checked_config(peft_config)
         tuner = tuner_class(peft_config.peft_type)
         self.base_model = tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self.peft_type = peft_config.peft_type
@@ -81,6 +86,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not self.active_adapters:
             raise ValueError("no adapter is active: every one was deleted")
         return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter is active and adapters are not switched off."""
+        return bool(self.active_adapters) and not all(
+            holder.disable_adapters for _, holder in self.base_model.holders()
+        )
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -129,6 +145,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         refuse_mixed_batch(kwargs)
         return self.base_model(*args, **kwargs)
 
+    def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
+        """What a task's forward does: pass on what was given."""
+        if task_ids is not None:
+            raise NotImplementedError("task_ids need multitask prompt tuning, which is not built yet: leave them out")
+        refuse_mixed_batch(kwargs)
+        return self.base_model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         refuse_mixed_batch(kwargs)
         model: Any = self.get_base_model()
@@ -136,15 +159,29 @@ class PeftModel(PushToHubMixin, nn.Module):
             model.generation_config = self.generation_config
         return model.generate(*args, **kwargs)
 
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """The virtual prompts of a batch, of methods that learn prompts. Raises AttributeError for others."""
+        raise AttributeError(self._no_prompts("get_prompt"))
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The tensor that is saved of a learnt prompt. Raises AttributeError for methods that learn none."""
+        raise AttributeError(self._no_prompts("get_prompt_embedding_to_save"))
+
+    def _no_prompts(self, method: str) -> str:
+        return (
+            f"{method} is for prompt learning: {type(self.get_base_model()).__name__!r} object has no attribute "
+            f"'prompt_encoder', its adapters are {PeftType(self.peft_type).value}"
+        )
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. A k-bit weight counts its elements, not its bytes."""
-        numbers = {id(parameter): parameter.numel() for parameter in self.parameters()}
-        for module in self.modules():
-            weight = quantized_weight(module)
-            if weight is not None:
-                numbers[id(module if (own := storage(module)) is None else own)] = weight.shape[0] * weight.shape[1]
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trainable, sum(numbers.values())
+        return count_parameters(self)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
@@ -348,3 +385,5 @@ def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
         raise NotImplementedError(
             "adapter_names (several adapters in one batch) is not built yet: run a batch per adapter, with set_adapter"
         )
+    if kwargs.pop("alora_offsets", None) is not None:
+        raise NotImplementedError("alora_offsets need activated LoRA, which is not built yet: leave them out")

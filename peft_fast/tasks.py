@@ -1,14 +1,89 @@
-"""PeftModel by task. A class here says what its forward takes: the Trainer reads that from the signature."""
+"""PeftModel by task. A class here says what its forward takes: the Trainer reads that from the signature.
 
+Not every model takes all of these (MPT has no inputs_embeds): what is not given is not passed on. The three classes for
+labels also train and save the task's head, a layer that the base model has made anew and that no adapter can stand for.
+"""
+
+import warnings
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .model import PeftModel, refuse_mixed_batch
+from .config import PeftConfig
+from .model import PeftModel
+from .tuners.modules_to_save import is_named
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A causal language model with adapters: `forward` is its model's."""
+class _WithHead(PeftModel):
+    """A model whose head is trained and saved with each adapter, as if modules_to_save of its config named it.
+
+    `cls_layer_name`: the path of the head in the base model; None, with a warning, where it has none of these names.
+    """
+
+    head_names: tuple[str, ...]
+    cls_layer_name: str | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        head = self._find_head(model)
+        given = self._name_head(peft_config, head)
+        try:
+            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            _restore(peft_config, given)
+            raise
+        self.cls_layer_name = head
+        if head is None and isinstance(peft_config, PeftConfig):
+            warnings.warn(
+                f"{type(model).__name__} has no layer called {' or '.join(self.head_names)}: its head is not trained "
+                "and not saved. Name it in modules_to_save",
+                stacklevel=3,
+            )
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an untrained adapter, with a copy of the head of its own; neither is active until `set_adapter`."""
+        given = self._name_head(peft_config, self.cls_layer_name)
+        try:
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        except BaseException:
+            _restore(peft_config, given)
+            raise
+
+    def _find_head(self, model: nn.Module) -> str | None:
+        """The first layer that is called as a head, or else one whose name ends so (DistilBERT's pre_classifier)."""
+        paths = [path for path, _ in model.named_modules()]
+        exact = (path for path in paths if path.rpartition(".")[2] in self.head_names)
+        return next(exact, None) or next((path for path in paths if is_named(path, self.head_names)), None)
+
+    def _name_head(self, config: Any, head: str | None) -> Any:
+        """Put the head into modules_to_save, without those that the model lacks; returns what was there before."""
+        if not hasattr(config, "modules_to_save"):
+            return None
+        given = config.modules_to_save
+        names = [name for name in given or () if head or name not in self.head_names]
+        config.modules_to_save = list(dict.fromkeys([*names, *(self.head_names if head else ())])) or None
+        return given
+
+
+def _restore(config: Any, modules_to_save: Any) -> None:
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = modules_to_save
+
+
+class _Classifier(_WithHead):
+    head_names = ("classifier", "score")
 
     def forward(
         self,
@@ -22,9 +97,6 @@ class PeftModelForCausalLM(PeftModel):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if task_ids is not None:
-            raise NotImplementedError("task_ids need multitask prompt tuning, which is not built yet: leave them out")
-        refuse_mixed_batch(kwargs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -34,5 +106,148 @@ class PeftModelForCausalLM(PeftModel):
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
-        # Not every model takes all of these (MPT has no inputs_embeds): what is not given is not passed on.
-        return self.base_model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        return self._call_base_model(given, task_ids, kwargs)
+
+
+class PeftModelForSequenceClassification(_Classifier):
+    """A sequence classifier with adapters. See PeftModel for the arguments.
+
+    config: the base model's. cls_layer_name: where its classifier is, which is trained and saved with each adapter; one
+    that is called neither `classifier` nor `score` has to be named in modules_to_save.
+    """
+
+
+class PeftModelForTokenClassification(_Classifier):
+    """A token classifier with adapters: as PeftModelForSequenceClassification, with labels [batch, tokens]."""
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """A model for extractive question answering with adapters. See PeftModel for the arguments.
+
+    config: the base model's. cls_layer_name: where its `qa_outputs` are, which are trained and saved with each adapter.
+    `token_type_ids` and `position_ids` reach the base model; peft takes them and leaves them out.
+    """
+
+    head_names = ("qa_outputs",)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._call_base_model(given, task_ids, kwargs)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters: `forward` and `generate` are its model's."""
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        return self.base_model.prepare_inputs_for_generation
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._call_base_model(given, task_ids, kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters: `forward` and `generate` are its model's."""
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        return self.base_model.prepare_inputs_for_generation
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._call_base_model(given, task_ids, kwargs)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model for hidden states and embeddings with adapters; it has no head. `config` is the base model's."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._call_base_model(given, task_ids, kwargs)

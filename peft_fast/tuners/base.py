@@ -24,9 +24,10 @@ from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, all_linear, find_targets
+from .matching import ALL_LINEAR, all_linear, find_targets, targets_in
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
+from .names import check_adapter_name, list_of_names
 
 
 class BaseTuner(nn.Module):
@@ -43,14 +44,25 @@ class BaseTuner(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapters: list[str] = [adapter_name]
-        self.targeted_module_names: list[str] = []
-        self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
+        self._start(model, {}, [adapter_name])
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
         self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    @classmethod
+    def around(cls, model: nn.Module, peft_config: dict[str, PeftConfig]) -> "BaseTuner":
+        """A tuner for a model that the adapters of `peft_config` are in already; new ones get into that dict too."""
+        tuner = cls.__new__(cls)
+        tuner._start(model, peft_config, [])
+        tuner.active_adapters = next((list(layer.active_adapters) for _, layer in tuner.layers()), [])
+        return tuner
+
+    def _start(self, model: nn.Module, peft_config: dict[str, PeftConfig], active_adapters: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config = peft_config
+        self.active_adapters = active_adapters
+        self.targeted_module_names: list[str] = []
+        self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
@@ -62,17 +74,19 @@ class BaseTuner(nn.Module):
         config: Any,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         """Put a new adapter into the model; it is active and trainable if it is the first, and else neither.
 
         `autocast_adapter_dtype`: weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: weights are
-        made on the meta device, for a file to be loaded over them.
+        made on the meta device, for a file to be loaded over them. `state_dict`: its keys say which layers are adapted,
+        and the config is made to say so too.
         Raises ValueError (no such target, a kind of layer that cannot be adapted, ...) with model and config unchanged.
         """
         check_adapter_name(adapter_name, self.peft_config)
         config.check()
         self._check_biases(config)
-        resolved = self._resolved_targets(config)
+        resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
         saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
         paths = find_targets(self.model, config, resolved)
         first = not self.peft_config
@@ -378,20 +392,3 @@ class BaseTuner(nn.Module):
             if "model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
                 raise
             return getattr(self.model, name)
-
-
-def list_of_names(argument: str, names: Sequence[str]) -> Sequence[str]:
-    """`names`, or TypeError for a string: its letters would be taken for names."""
-    if isinstance(names, str):
-        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
-    return names
-
-
-def check_adapter_name(name: str, taken: Iterable[str]) -> None:
-    """Raise ValueError for a name that cannot be part of a parameter's name and of a folder's, or that is taken."""
-    if not isinstance(name, str) or not name or any(character in name for character in "./\\"):
-        raise ValueError(f"an adapter's name must be a string without '.', '/' and '\\', got {name!r}")
-    if hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter cannot be called {name!r}: torch.nn.ModuleDict has an attribute of that name")
-    if name in taken:
-        raise ValueError(f"adapter {name!r} exists already: choose another name, or delete it first")

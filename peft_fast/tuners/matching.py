@@ -10,6 +10,7 @@ from torch import nn
 
 from .base_weight import is_dense_linear, quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
+from .modules_to_save import is_inside_named
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
@@ -77,7 +78,7 @@ def _is_wanted(config: Any, path: str) -> bool:
     if excluded and matches(excluded, path):
         return False
     saved = getattr(config, "modules_to_save", None) or ()
-    if any(re.fullmatch(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?", path) for name in saved):
+    if is_inside_named(path, saved):
         return False
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
@@ -137,3 +138,39 @@ def _closest(names: Collection[str] | str, paths: list[str]) -> str:
         return f": did you mean {', '.join(dict.fromkeys(close))}?"
     shown = [part for part in last_parts if not part.isdigit()][:20]
     return f": its modules end in {', '.join(shown)}"
+
+
+def targets_in(tuner: Any, state_dict: Mapping[str, Any], config: Any) -> set[str] | str:
+    """What `config.target_modules` has to be for the layers that the keys of an adapter's state dict name.
+
+    Warns where the config names others, or where the model lacks some. Raises ValueError where it has none of them.
+    """
+    mark = f".{tuner.prefix}"
+    named = {key.rpartition(mark)[0].removeprefix("_orig_mod.") for key in state_dict if mark in key}
+    named = {path.removeprefix("base_model.model.") for path in named}
+    paths = adaptable_paths(tuner.model)
+    found = {path for path in named if path in paths}
+    if not found:
+        raise ValueError(
+            f"state_dict names no layer of {type(tuner.model).__name__}: of its {len(state_dict)} keys, such as "
+            f"{list(state_dict)[:3]}, none is the path of a module and {mark!r} after it"
+        )
+    if absent := sorted(named - found):
+        warnings.warn(f"state_dict has weights for layers that the model lacks: {absent}", stacklevel=3)
+    if dropped := sorted(path for path in found if not _is_wanted(config, path)):
+        raise ValueError(
+            f"state_dict has weights for {dropped}, which {', '.join(_FILTERS)} of the config take away: "
+            "leave those out"
+        )
+    if config.target_modules is not None:
+        targets = tuner._resolved_targets(config)
+        meant = {path for path in paths if matches(targets, path) and _is_wanted(config, path)}
+        if meant != found:
+            warnings.warn(
+                f"target_modules of the config and state_dict differ, and state_dict counts: only the config has "
+                f"{sorted(meant - found)}, only state_dict has {sorted(found - meant)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    exact = {path for path in paths if matches(found, path)} == found
+    return found if exact else "|".join(map(re.escape, sorted(found)))  # a whole path may be another's end

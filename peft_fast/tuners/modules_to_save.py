@@ -1,8 +1,7 @@
 """Modules that are trained whole: the config option modules_to_save."""
 
 import copy
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -68,13 +67,23 @@ class ModulesToSaveWrapper(AdapterHolder):
             return getattr(self.current, name)
 
 
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Whether modules_to_save means the module at this path: by the letters at its end, as in peft, so that
+    "classifier" is DistilBERT's pre_classifier too, and "norm" every input_layernorm."""
+    return path.endswith(tuple(names))
+
+
+def is_inside_named(path: str, names: Collection[str]) -> bool:
+    """Whether modules_to_save means the module at this path or one that it lies in."""
+    parts = path.split(".")
+    return any(is_named(".".join(parts[:end]), names) for end in range(1, len(parts) + 1))
+
+
 def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The paths of the modules that `names` (whole paths or their ends) mean. Raises ValueError where one is unfit."""
+    """The paths of the modules that `names` (the ends of paths) mean. Raises ValueError where one is unfit."""
     found: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        if not any(re.fullmatch(rf"(?:.*\.)?{re.escape(name)}", path) for name in names):
-            continue
-        if any(path.startswith(f"{outer}.") for outer in found):
+        if not is_named(path, names) or path.startswith(tuple(f"{outer}." for outer in found)):
             continue
         _check_trainable(path, module)
         found.append(path)

@@ -5,6 +5,7 @@ A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by ada
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,50 @@ class LoraLayer(BaseTunerLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
+    def _get_name(self) -> str:
+        """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
+        base = type(self.get_base_layer()).__name__ if "base_layer" in self._modules else ""
+        return base if base in ("Linear4bit", "Linear8bitLt") else super()._get_name()
+
+    def initial_scale(self, adapter: str) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make an adapter's scale `scale` times what its config says. A layer without this adapter stays as it is."""
+        factor = checked_factor("scale", scale)
+        if adapter in self.scaling:
+            self._set_scales({adapter: factor * self.initial_scale(adapter)})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        factor = checked_factor("scale", scale)
+        if factor != 1:
+            self._set_scales({name: self.scaling[name] * factor for name in self._scaled()})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters, or, without a number, make them what the config says."""
+        if scale is None:
+            return self._set_scales({name: self.initial_scale(name) for name in self._scaled()})
+        divisor = checked_factor("scale", scale)
+        if divisor == 0:
+            raise ValueError("scale must not be 0: dividing by it has no result; unscale_layer() undoes scale_layer(0)")
+        return self._set_scales({name: self.scaling[name] / divisor for name in self._scaled()})
+
+    def _scaled(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _set_scales(self, scales: dict[str, float]) -> None:
+        self._check_unmerged(name for name, scale in scales.items() if scale != self.scaling[name])
+        self.scaling.update(scales)
+
+    def _check_unmerged(self, adapters: Iterable[str]) -> None:
+        merged = [name for name in adapters if name in self.merged_adapters]
+        if merged:
+            raise ValueError(f"adapters {merged} are merged with the scale that they have: call unmerge_adapter first")
+
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
 
@@ -59,8 +104,8 @@ class Linear(LoraLayer):
         """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
         self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.initial_scale(adapter_name)
         self.lora_bias[adapter_name] = config.lora_bias
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
@@ -170,3 +215,11 @@ class Linear(LoraLayer):
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
+
+
+def checked_factor(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return value

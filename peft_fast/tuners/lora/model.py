@@ -1,6 +1,6 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class LoraModel(BaseTuner):
         config: Any,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> None:
-        super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+        super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         fuse_mlps(self.model)
 
     def merge_to_16bit(

@@ -1,0 +1,31 @@
+"""peft's module paths: `from peft.utils.X import Y` becomes `from peft_fast.utils.X import Y`."""
+
+from peft_fast.checkpoint import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft_fast.config import CONFIG_NAME
+from peft_fast.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+from peft_fast.peft_types import PeftType, TaskType
+from peft_fast.tuners import ModulesToSaveWrapper
+
+from .other import EMBEDDING_LAYER_NAMES, _get_submodules
+
+__all__ = [
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "ModulesToSaveWrapper",
+    "PeftType",
+    "TaskType",
+    "_get_submodules",
+    "cast_mixed_precision_params",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,5 @@
+"""Names of peft.utils.save_and_load."""
+
+from peft_fast.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+__all__ = ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"]

@@ -43,7 +43,7 @@ def _newest(table: dict[int, Any], device: torch.device) -> Any:
 
 
 # A multiple of every quantisation block. Words a thread has in flight: 4, and 8 where there is more bandwidth to
-# fill; 5.8 SASS instructions per weight with 4, 5.4 with 8 (sm_89, sm_90).
+# fill; 6.25 SASS instructions per weight with 4, 5.6 with 8 (sm_89, sm_90: compile.csv).
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
 
@@ -91,8 +91,8 @@ SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
 
 
 def dequantize_merge(itemsize: int, aligned: bool) -> dict:
-    """None of these spills. Eight warps hold 80 registers a thread, so that 24 warps fit an SM of sm_89; with four they
-    hold 145 to 219, and 8 to 12 fit. Ranks come in tiles of 16, whatever the rank: wider ones take registers from the
+    """None of these spills. Eight warps hold 64 to 102 registers a thread in 16 bits (sm_89, compile.csv), so that 16 to
+    24 warps fit an SM; with four warps about twice as many, and half the warps fit. Ranks come in tiles of 16, whatever the rank: wider ones take registers from the
     weights. One stage: for most ranks the loop has one step or two."""
     if not aligned:
         return dict(BLOCK_N=32, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=1)
@@ -104,8 +104,8 @@ def dequantize_merge(itemsize: int, aligned: bool) -> dict:
 # Products with a k-bit weight. The default comes first, what PEFT_FAST_AUTOTUNE=1 would try against it after.
 #
 # GEMM, by the largest M: none spills on any target, compile matrix. A decoded weight serves BLOCK_M rows, so BLOCK_M
-# covers M up to 128. 64 columns (rows for dx) of W leave 120 to 168 registers a thread and two or three programs on an
-# SM, which hide each other's decoding; tiles 128 wide take 234 and spill in dx. Prior for the tiles of M: bitsandbytes'
+# covers M up to 128. 64 columns (rows for dx) of W leave 124 to 201 registers a thread and two or three programs on an
+# SM, which hide each other's decoding; tiles 128 wide spilled in dx when tried. Prior for the tiles of M: bitsandbytes'
 # kernel for sm_80 takes 32, 64 and 128 too.
 
 

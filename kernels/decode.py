@@ -4,10 +4,11 @@
     8 bits   value = byte * (absmax[row] * fp32(1 / 127))
 
 The table of sixteen codes lies across the lanes of a warp, code[i] in lanes i and i + 16, and a look-up is a warp
-shuffle: one shift and one SHFL per weight, against nine instructions for a table in shared memory and twenty-seven for
-a tree of selects (sm_89). No shared memory is touched and, because the hardware uses only the low four bits of the
-index, none are masked. Shuffles issue at a quarter of the rate of additions, which is what four additions would cost;
-a byte permutation (PRMT) needs five instructions per weight of exact fp32, each at half rate.
+shuffle: one shift and one SHFL per weight. No shared memory is touched and, because the hardware uses only the low four
+bits of the index, none are masked. (tl.gather, whose table lies in shared memory, took the whole dequantisation to 14.5
+instructions per weight on sm_89; it takes 6.25 now, compile.csv.) Shuffles issue at a quarter of the rate of additions,
+which is what four additions would cost; a byte permutation (PRMT) needs five instructions per weight of exact fp32,
+each at half rate.
 
 A nested scale is a product and a sum that are both rounded: the kernels that include this file are compiled with
 enable_fp_fusion=False, and write tl.fma where they mean one.

@@ -91,9 +91,9 @@ SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
 
 
 def dequantize_merge(itemsize: int, aligned: bool) -> dict:
-    """None of these spills. Eight warps hold 64 to 102 registers a thread in 16 bits (sm_89, compile.csv), so that 16 to
-    24 warps fit an SM; with four warps about twice as many, and half the warps fit. Ranks come in tiles of 16, whatever the rank: wider ones take registers from the
-    weights. One stage: for most ranks the loop has one step or two."""
+    """None of these spills. Eight warps hold 64 to 102 registers a thread in 16 bits (sm_89, compile.csv), so that 16
+    to 24 warps fit an SM; four hold twice as many weights and registers each. Ranks come in tiles of 16, whatever the
+    rank: wider ones take registers from the weights. One stage: for most ranks the loop has one step or two."""
     if not aligned:
         return dict(BLOCK_N=32, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=1)
     if itemsize == 4:

@@ -35,7 +35,7 @@ NO_DOT = ("dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "s
 EXACT = ("dequantize", "quant_matmul")  # decode a format whose roundings are part of it
 SASS_BUDGET = 10  # per weight, of the whole kernel
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", re.M)  # NOPs only fill up behind the last branch
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)\S", re.M)  # NOPs only fill up behind the last branch
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ def test_offsets_above_2_to_the_31_are_64_bits_wide():
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
+def test_instructions_are_counted_without_the_padding():
+    sass = "    /*0010*/    @P0 BRA 0x10 ;    /* 0x00 */\n    /* 0x0f */\n    /*10000*/    NOP ;    /* 0x00 */\n"
+    assert len(matrix.INSTRUCTION.findall(sass)) == 1
+
+
 def test_launches_are_recorded_as_triton_would_specialise_them():
     from peft_fast.kernels import lora_up_add
 

@@ -43,7 +43,7 @@ def _newest(table: dict[int, Any], device: torch.device) -> Any:
 
 
 # A multiple of every quantisation block. Words a thread has in flight: 4, and 8 where there is more bandwidth to
-# fill; 6.25 SASS instructions per weight with 4, 5.6 with 8 (sm_89, sm_90: compile.csv).
+# fill; 5.84 SASS instructions per weight with 4, 5.45 with 8 (sm_89, sm_90: compile.csv).
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
 

@@ -6,7 +6,7 @@
 The table of sixteen codes lies across the lanes of a warp, code[i] in lanes i and i + 16, and a look-up is a warp
 shuffle: one shift and one SHFL per weight. No shared memory is touched and, because the hardware uses only the low four
 bits of the index, none are masked. (tl.gather, whose table lies in shared memory, took the whole dequantisation to 14.5
-instructions per weight on sm_89; it takes 6.25 now, compile.csv.) Shuffles issue at a quarter of the rate of additions,
+instructions per weight on sm_89; it takes 5.84 now, compile.csv.) Shuffles issue at a quarter of the rate of additions,
 which is what four additions would cost; a byte permutation (PRMT) needs five instructions per weight of exact fp32,
 each at half rate.
 

@@ -14,6 +14,41 @@ from .model import PeftModel
 from .tuners.modules_to_save import is_named
 
 
+class _WithLabels(PeftModel):
+    """The forward of models that take tokens and labels."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._call_base_model(given, task_ids, kwargs)
+
+
+class _Generating(PeftModel):
+    """A model that generates."""
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        return self.base_model.prepare_inputs_for_generation
+
+
 class _WithHead(PeftModel):
     """A model whose head is trained and saved with each adapter, as if modules_to_save of its config named it.
 
@@ -82,31 +117,8 @@ def _restore(config: Any, modules_to_save: Any) -> None:
         config.modules_to_save = modules_to_save
 
 
-class _Classifier(_WithHead):
+class _Classifier(_WithHead, _WithLabels):
     head_names = ("classifier", "score")
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
-        return self._call_base_model(given, task_ids, kwargs)
 
 
 class PeftModelForSequenceClassification(_Classifier):
@@ -160,43 +172,12 @@ class PeftModelForQuestionAnswering(_WithHead):
         return self._call_base_model(given, task_ids, kwargs)
 
 
-class PeftModelForCausalLM(PeftModel):
+class PeftModelForCausalLM(_Generating, _WithLabels):
     """A causal language model with adapters: `forward` and `generate` are its model's."""
 
-    @property
-    def base_model_prepare_inputs_for_generation(self) -> Any:
-        return self.base_model.prepare_inputs_for_generation
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
-        return self._call_base_model(given, task_ids, kwargs)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(_Generating):
     """An encoder-decoder language model with adapters: `forward` and `generate` are its model's."""
-
-    @property
-    def base_model_prepare_inputs_for_generation(self) -> Any:
-        return self.base_model.prepare_inputs_for_generation
 
     def forward(
         self,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 import peft_fast
@@ -14,8 +13,10 @@ from peft_fast.finetune import data
 from peft_fast.finetune.options import ALL_LINEAR, Options, UserError
 
 
-def process() -> PartialState:
-    """This process among those that torchrun or accelerate started (gloo on CPUs, nccl on GPUs)."""
+def process() -> Any:
+    """accelerate's PartialState: this process among those that torchrun started (gloo on CPUs, nccl on GPUs)."""
+    from accelerate import PartialState  # here: an extra of the main job, which the library does without
+
     return PartialState(cpu=not torch.cuda.is_available())
 
 

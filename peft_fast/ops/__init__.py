@@ -14,7 +14,8 @@ from peft_fast.kernels.dropout import new_key as new_dropout_key
 
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
-from .mlp import Projection, lora_mlp
+from .mlp import lora_mlp
+from .projection import Projection
 from .quant import dequantize, quant_matmul
 from .table import Call, choose, choose_product
 

@@ -10,7 +10,6 @@ g and u stay in the dtype of the products, h is computed from them in fp32 and r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op, Route
-from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
 from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import (
     autocasting,
     define,
-    flatten,
     implementation,
     product_dtype,
     resolve,
     resolve_route,
-    unflatten,
     weight_shape,
 )
+from .projection import GRADIENTS, LEADING, Layer, Projection, layers, rank
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -46,107 +43,11 @@ def _why_not_glu(dtype: torch.dtype) -> str | None:
 GLU = Op("glu", "triton", _why_not_glu, needs_dot=False)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer [N, K] and its adapter, A [R, K] and B [N, R], as lora_linear takes them; A and B None: none."""
-
-    weight: Tensor | QuantizedWeight
-    bias: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
-    scale: float = 1.0
-    dropout_p: float = 0.0
-    dropout_key: Tensor | None = None
-
-    @property
-    def trained(self) -> bool:
-        return any(factor is not None and factor.requires_grad for factor in (self.A, self.B))
-
-    def tensors(self) -> tuple[list[Tensor | None], str]:
-        """What an op is given of it: these tensors and the weight's format."""
-        weight, fmt = flatten(self.weight)
-        return [self.A, self.B, self.bias, self.dropout_key if self.dropout_p else None, *weight], fmt
-
-
-LEADING = 4  # A, B, bias, key come before the weight's tensors
-GRADIENTS = 3  # of each projection: A, B, bias
-
-
-class _Layer:
-    """A projection inside the op: its half of the forward and of the backward, whether it has an adapter or not."""
-
-    def __init__(
-        self,
-        tensors: list[Tensor | None],
-        fmt: str,
-        scale: float,
-        p: float,
-        trained: bool,
-        backend: Backend,
-        route: Route,
-    ) -> None:
-        A, B, self.bias, key, *weight = tensors
-        self.weight = unflatten(weight, fmt)  # type: ignore[arg-type]
-        self.backend: Backend = backend
-        self.lora: routes.Lora | None = None
-        if A is not None and B is not None:
-            self.lora = routes.Lora(self.weight, A, B, scale, p, key, trained, backend, route)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(y [M, N], s [M, R]); R is 0 without an adapter."""
-        if self.lora is None:
-            return routes.product(x, self.weight, self.bias, self.backend), x.new_empty(x.shape[0], 0)
-        return routes.forward(x, self.bias, self.lora)
-
-    def down_again(self, x: Tensor) -> Tensor:
-        """The s that `forward` gave."""
-        return x.new_empty(x.shape[0], 0) if self.lora is None else routes.down_again(x, self.lora)
-
-    def backward(
-        self, dy: Tensor, x: Tensor, s: Tensor, needs: Sequence[bool], dx: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(dx, [dA, dB, dbias]) for `needs` = (x, A, B, bias); added to the `dx` that is given."""
-        dA = dB = None
-        if self.lora is not None:
-            dx, dA, dB = routes.backward(dy, x, s, self.lora, (needs[0], needs[1], needs[2]), dx)
-        elif needs[0]:
-            dx = routes.product_dx(dy, self.weight, self.backend, dx)
-        return dx, [dA, dB, self.dbias(dy, needs[3])]
-
-    def backward_to_x(
-        self, dy: Tensor, s: Tensor, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, ds, dB); see routes.backward_to_x."""
-        if self.lora is not None:
-            return routes.backward_to_x(dy, s, self.lora, (needs[0], needs[1], needs[2]))
-        return routes.product_dx(dy, self.weight, self.backend) if needs[0] else None, None, None
-
-    def dbias(self, dy: Tensor, needed: bool) -> Tensor | None:
-        return dy.sum(0).to(self.bias.dtype) if needed and self.bias is not None else None
-
-
-def _layers(
-    projections: Sequence[list[Tensor | None]],
-    fmts: list[str],
-    scales: list[float],
-    ps: list[float],
-    trained: bool,
-    backend: Backend,
-    route: Route,
-) -> list[_Layer]:
-    return [_Layer(*settings, trained, backend, route) for settings in zip(projections, fmts, scales, ps)]
-
-
-def _rank(projection: list[Tensor | None]) -> int:
-    A = projection[0]
-    return 0 if A is None else A.shape[0]
-
-
 def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, trained, backend, route):
     M, kept = x.shape[0], training and not recompute
     (F, _), (N, _) = weight_shape(gate[LEADING:], fmts[0]), weight_shape(down[LEADING:], fmts[2])
     inner = [x.new_empty((M, F) if kept else (0,), dtype=dtype) for _ in range(2)]
-    s = [x.new_empty((M, _rank(p)) if kept else (0,), dtype=dtype) for p in (gate, up, down)]
+    s = [x.new_empty((M, rank(p)) if kept else (0,), dtype=dtype) for p in (gate, up, down)]
     return x.new_empty((M, N), dtype=dtype), *inner, *s
 
 
@@ -175,7 +76,7 @@ def _forward(
     """(y [M, N], g [M, F], u [M, F], s of gate, up and down) in `dtype`; all but y empty where they are not kept."""
     x = x.to(dtype)
     run = implementation(GLU.choose(backend, x.device, dtype))
-    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     (g, s_gate), (u, s_up) = gate_layer.forward(x), up_layer.forward(x)
     kept = training and not recompute
     h = run.glu(g, u, activation, out=None if kept else g)
@@ -221,7 +122,7 @@ def _backward(
     can be run again.
     """
     z = x.to(dy.dtype)
-    gate_layer, up_layer, down_layer = _layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     s_gate, s_up, s_down = s
     h: Tensor | None = None
     if recompute:
@@ -245,7 +146,7 @@ def _through_down(
     u: Tensor,
     h: Tensor | None,
     s: Tensor,
-    down: _Layer,
+    down: Layer,
     activation: str,
     needs: list[bool],
     backend: Backend,

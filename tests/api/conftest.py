@@ -186,3 +186,22 @@ def load(folders) -> Callable[..., PreTrainedModel]:
         )
 
     return loaded
+
+
+@pytest.fixture
+def inputs(tokens):
+    """task -> the arguments of a forward with a loss."""
+
+    def of(task):
+        labels = {
+            "SEQ_CLS": {"labels": torch.tensor([0, 1, 1])},
+            "TOKEN_CLS": {"labels": tokens % 2},
+            "QUESTION_ANS": {"start_positions": torch.tensor([1, 2, 3]), "end_positions": torch.tensor([4, 5, 6])},
+            "SEQ_2_SEQ_LM": {"labels": tokens[:, :6].contiguous()},
+            "CAUSAL_LM": {"labels": tokens},
+        }
+        mask = torch.ones_like(tokens)
+        mask[0, 6:] = 0
+        return {"input_ids": tokens, "attention_mask": mask, **labels.get(task, {})}
+
+    return of

@@ -31,7 +31,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import dropout
 
-GLU_ELEMENTS = 1 << 18  # that glu widens to fp32 at a time: bounds its temporaries, and keeps them in a CPU's cache
+GLU_ELEMENTS = 1 << 17  # that glu widens to fp32 at a time: its temporaries stay in a CPU's cache (2x: 1.6 times the time)
 MERGE_ROWS = 256  # rows of the weight that dequantize_merge widens to fp32 at a time: bounds its temporaries
 
 
@@ -103,14 +103,28 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return a @ b if factor == 1.0 else torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
 
 
+def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as integers as wide as `dtype`: all bits set where an element is kept, none where it is dropped."""
+    return mask.to(_INTEGER[dtype.itemsize]).neg_()
+
+
+def _kept(x: Tensor, bits: Tensor) -> Tensor:
+    """x where it is kept, else 0; not a product, where 0 * inf would be NaN. A quarter of torch.where's time (bf16,
+    512 x 1408, one thread of an EPYC)."""
+    return x.view(bits.dtype).bitwise_and(bits).view(x.dtype)
+
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:
     """s [M, R] in x's dtype: dropout with probability p and the mask of `key`, times A."""
     A = A.to(x.dtype)
     if p == 0.0:
         return x @ A.t()
     assert key is not None
-    kept = torch.where(dropout.mask(key, x.shape[0], x.shape[1], p), x, 0)  # not a product: 0 * inf is NaN
-    return _product(kept, A.t(), dropout.correction(p))
+    bits = _bits(dropout.mask(key, x.shape[0], x.shape[1], p), x.dtype)
+    return _product(_kept(x, bits), A.t(), dropout.correction(p))
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -144,10 +158,10 @@ def lora_down_backward(
             dx.addmm_(ds, A.to(ds.dtype))
         return (ds.t() @ x).to(A.dtype) if needs_dA else None
     assert key is not None
-    mask, c = dropout.mask(key, x.shape[0], x.shape[1], p), dropout.correction(p)
+    bits, c = _bits(dropout.mask(key, x.shape[0], x.shape[1], p), x.dtype), dropout.correction(p)
     if dx is not None:
-        dx += torch.where(mask, _product(ds, A.to(ds.dtype), c), 0)
-    return _product(ds.t(), torch.where(mask, x, 0), c).to(A.dtype) if needs_dA else None
+        dx += _kept(_product(ds, A.to(ds.dtype), c), bits)
+    return _product(ds.t(), _kept(x, bits), c).to(A.dtype) if needs_dA else None
 
 
 def _activation(g: Tensor, activation: str) -> Tensor:
@@ -199,6 +213,13 @@ def glu_backward_(
     return dg, dh, h
 
 
+def apply_dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
+    """x [M, K] with the mask of `key`, times c: under torch's own autograd."""
+    if key is None:
+        return x
+    return dropout.correction(p) * torch.where(dropout.mask(key, x.shape[0], x.shape[1], p), x, 0)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -209,6 +230,7 @@ def lora_linear(
     p: float = 0.0,
     key: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] = x @ W.T + bias + scale * lora_down(x, A, p, key) @ B.T, under torch's own autograd: the truth."""
+    """y [M, N] = x @ W.T + bias + scale * dropout(x) @ A.T @ B.T, under torch's own autograd: the truth."""
     W = dequantize(weight, x.dtype) if isinstance(weight, QuantizedWeight) else weight
-    return F.linear(x, W, bias) + scale * lora_down(x, A, p, key) @ B.to(x.dtype).t()
+    s = apply_dropout(x, p, key) @ A.to(x.dtype).t()
+    return F.linear(x, W, bias) + scale * s @ B.to(x.dtype).t()

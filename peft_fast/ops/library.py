@@ -35,6 +35,8 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(implementation)
         def run(*args):
             device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
+            if device.type != "cuda" and not autocasting(device.type):
+                return implementation(*args)  # what follows costs 3 us of host time
             with contextlib.ExitStack() as stack:
                 if autocasting(device.type):
                     stack.enter_context(torch.autocast(device.type, enabled=False))

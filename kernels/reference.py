@@ -192,7 +192,7 @@ def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Ten
     wide = torch.promote_types(g.dtype, torch.float32)
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     for rows in _slabs(g):
-        h[rows] = _activation(g[rows].to(wide), activation).mul_(u[rows].to(wide))
+        h[rows] = _activation(g[rows].to(wide), activation).mul_(u[rows])
     return h
 
 
@@ -204,11 +204,11 @@ def glu_backward_(
     dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
     h = torch.empty_like(dg) if needs_h else None
     for rows in _slabs(g):
-        wide_g, wide_u, wide_dh = (t[rows].to(wide) for t in (g, u, dh))
+        wide_g, wide_dh = g[rows].to(wide), dh[rows].to(wide)
         act = _activation(wide_g, activation)
         if h is not None:
-            h[rows] = act * wide_u
-        dg[rows] = _activation_backward(wide_dh * wide_u, wide_g, activation)
+            h[rows] = act * u[rows]
+        dg[rows] = _activation_backward(wide_dh * u[rows], wide_g, activation)
         dh[rows] = act.mul_(wide_dh)
     return dg, dh, h
 

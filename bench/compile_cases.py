@@ -4,12 +4,15 @@ Shapes only matter by their divisibility by 16 and by the class that configs.py 
 tile and by whether one tile is enough.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import torch
 
 from bench.launches import Launch, record
 from peft_fast.kernels import (
+    autotune,
     configs,
     dequantize,
     dequantize_merge,
@@ -23,6 +26,7 @@ from peft_fast.kernels import (
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
+NF4, AT_ODD = "nf4 G64 nested", " at odd address"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Named = Iterator[tuple[str, Launch]]
 
@@ -71,23 +75,25 @@ def _lora(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 
 def _weight(kind: str, N: int, K: int) -> QuantizedWeight:
-    """`kind`: "nf4 G64 nested", "fp4 G32", "int8"."""
+    """`kind`: "nf4 G64 nested", "fp4 G32", "int8"; "at odd address" behind it. The type of four bits is in the table of
+    codes, which a kernel is given: fp4 compiles to the same."""
+    kind, _, odd = kind.partition(" at ")
     if kind == "int8":
-        return int8.quantize(torch.zeros(N, K))
-    quant_type, G, *nested = kind.split()
-    return blockwise.quantize(torch.zeros(N, K), quant_type, int(G[1:]), bool(nested))
+        weight = int8.quantize(torch.zeros(N, K))
+    else:
+        quant_type, G, *nested = kind.split()
+        weight = blockwise.quantize(torch.zeros(N, K), quant_type, int(G[1:]), bool(nested))
+    if not odd:
+        return weight
+    return dataclasses.replace(weight, data=torch.cat([weight.data[:1], weight.data])[1:])
 
 
 def _dequantize(dname: str, dtype: torch.dtype, quick: bool) -> Named:
     """64 x 128 fills every program: the variant without masks, for which the budgets hold."""
-    kinds = (
-        ["nf4 G64 nested", "int8"]
-        if quick
-        else ["nf4 G64 nested", "nf4 G64", "fp4 G32 nested", "nf4 G4096 nested", "int8"]
-    )
+    kinds = [NF4, "int8"] if quick else [NF4, "nf4 G64", "fp4 G32 nested", "nf4 G4096 nested", "int8", NF4 + AT_ODD]
     for kind in kinds:
         yield from _recorded(f"{dname} {kind}", lambda kind=kind: dequantize.dequantize(_weight(kind, 64, 128), dtype))
-    for kind in () if quick else ("nf4 G64 nested", "int8"):
+    for kind in () if quick else (NF4, "int8", NF4 + AT_ODD, "int8" + AT_ODD):
         for name, N, K in (("masked", 33, 272), ("odd", 61, 71)):
             yield from _recorded(
                 f"{dname} {kind} {name}", lambda k=kind, N=N, K=K: dequantize.dequantize(_weight(k, N, K), dtype)
@@ -95,10 +101,10 @@ def _dequantize(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 
 def _merge(dname: str, dtype: torch.dtype, quick: bool) -> Named:
-    cases = [("nf4 G64 nested", 256, 256, 16, dtype)]
+    cases = [(NF4, 256, 256, 16, dtype)]
     if not quick:
-        cases += [("nf4 G64 nested", 256, 256, 100, torch.float32), ("int8", 256, 256, 16, dtype)]
-        cases += [("nf4 G64 nested", 61, 71, 17, torch.float32)]
+        cases += [(NF4, 256, 256, 100, torch.float32), (NF4, 61, 71, 17, torch.float32), ("int8", 256, 256, 16, dtype)]
+        cases += [(kind + AT_ODD, 256, 256, 16, dtype) for kind in (NF4, "int8")]
     for kind, N, K, R, adapter in cases:
         weight, A, B = _weight(kind, N, K), torch.zeros(R, K, dtype=adapter), torch.zeros(N, R, dtype=adapter)
         name = f"{dname} {kind} R{R}" + ("" if K % 16 == 0 else " odd")
@@ -110,12 +116,13 @@ def _merge(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 def _products(dname: str, dtype: torch.dtype, quick: bool) -> Named:
     """Both products for every class of M, the forward with bias and LoRA, dx with dropout; then what differs."""
-    nf4 = "nf4 G64 nested"
-    cases = [(M, nf4, 256, 2048, 16, dtype) for M in ((1, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 512))]
+    classes = (1, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 512)
+    cases = [(M, NF4, 256, 2048, 16, dtype) for M in classes]
     if not quick:
         for M in (1, 64):
-            cases += [(M, "int8", 256, 2048, 16, dtype), (M, nf4, 256, 2048, 0, dtype)]
-        cases += [(M, nf4, 250, 72, 17, torch.float32) for M in (8, 16, 32, 64, 512)]  # odd, fp32 adapter
+            cases += [(M, "int8", 256, 2048, 16, dtype), (M, NF4, 256, 2048, 0, dtype)]
+            cases += [(M, kind + AT_ODD, 256, 2048, 16, dtype) for kind in (NF4, "int8")]
+        cases += [(M, NF4, 250, 72, 17, torch.float32) for M in (8, 16, 32, 64, 512)]  # odd, fp32 adapter
     for M, kind, N, K, R, adapter in cases:
         tag = f"{dname} {kind} M{M} R{R}" + ("" if K % 16 == 0 else " odd")
         yield from _product(tag, M, _weight(kind, N, K), R, dtype, adapter)
@@ -124,6 +131,22 @@ def _products(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             torch.set_float32_matmul_precision("high")
             yield from _product(tag + " tf32", M, _weight(kind, N, K), R, dtype, adapter)
             torch.set_float32_matmul_precision(before)
+    for M in () if quick else classes:
+        yield from _second_candidates(f"{dname} {NF4} M{M} R16", M, _weight(NF4, 256, 2048), dtype)
+
+
+def _second_candidates(tag: str, M: int, weight: QuantizedWeight, dtype: torch.dtype) -> Named:
+    """What PEFT_FAST_AUTOTUNE=1 tries against the launch configurations that are taken without it."""
+    have_several: set[str] = set()
+
+    def pick(kernel: str, key: tuple, candidates: list[dict], *_: object) -> dict:
+        if len(candidates) > 1:
+            have_several.add(f"{kernel}_kernel")
+        return candidates[-1]
+
+    with patch.object(autotune, "pick", pick):
+        launched = list(_product(tag + " second", M, weight, 16, dtype, dtype))
+    yield from ((variant, launch) for variant, launch in launched if launch.name in have_several)
 
 
 def _product(tag: str, M: int, weight: QuantizedWeight, R: int, dtype: torch.dtype, adapter: torch.dtype) -> Named:

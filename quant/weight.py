@@ -50,10 +50,6 @@ class Format(NamedTuple):
         return 2 if self.bits == 8 else 6 if self.nested_blocksize else 3
 
     def __str__(self) -> str:
-        return self._text()
-
-    @lru_cache(maxsize=4096)
-    def _text(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.quant_type},{self.N},{self.K},{self.blocksize},{name},{self.nested_blocksize}"
 

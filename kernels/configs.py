@@ -63,12 +63,13 @@ def dequantize_int8(K: int) -> dict:
 # LoRA's two projections, by rank and bytes per element: the widest tiles that spill nothing on any target.
 
 
-def lora_down_forward(R: int, itemsize: int) -> dict:
+def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
+    """`count` adapters share x."""
     block_r = rank_block(R, itemsize)
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
-def lora_down_backward(R: int, itemsize: int) -> dict:
+def lora_down_backward(R: int, itemsize: int, count: int = 1) -> dict:
     block_r = rank_block(R, itemsize)
     if itemsize == 4 or block_r == 64:
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
@@ -159,7 +160,7 @@ def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
 # How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose
 # programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the
 # sums, and with it every bit of the result, is the same on all of them.
-PROGRAMS = {"gemm": 256, "gemv": 512}
+PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32}
 
 
 def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
@@ -169,3 +170,9 @@ def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
     splits = min(max(1, steps // 2), triton.cdiv(PROGRAMS[kind], tiles))
     per_split = max(1, triton.cdiv(steps, splits))
     return max(1, triton.cdiv(steps, per_split)), per_split
+
+
+def split_lora_down(M: int, K: int, block: int, tiles: int) -> tuple[int, int]:
+    """As `split`, for lora_down's K. Only where few programs would each walk through all of K one after another: up to
+    128 tokens. With more the second stage costs a launch and gains little."""
+    return split("lora_down", K, block, tiles) if M <= 128 else (1, max(1, triton.cdiv(K, block)))

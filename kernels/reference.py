@@ -20,7 +20,7 @@ never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this 
 It imports torch only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,9 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import dropout
 
-GLU_ELEMENTS = 1 << 17  # that glu widens to fp32 at a time: its temporaries stay in a CPU's cache (2x: 1.6 times the time)
+GLU_ELEMENTS = (
+    1 << 17
+)  # that glu widens to fp32 at a time: its temporaries stay in a CPU's cache (2x: 1.6 times the time)
 MERGE_ROWS = 256  # rows of the weight that dequantize_merge widens to fp32 at a time: bounds its temporaries
 
 
@@ -127,6 +129,22 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
     return _product(_kept(x, bits), A.t(), dropout.correction(p))
 
 
+def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Sequence[Tensor | None]) -> Tensor:
+    """s [M, sum R_j]: what lora_down gives for each A_j, side by side."""
+    if any(p):
+        return _side_by_side([lora_down(x, *adapter) for adapter in zip(A, p, key)])
+    return lora_down(x, _stacked(A, x.dtype))
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A_j one below the other: x is read once for all, at the price of copying A, where there are several."""
+    return A[0] if len(A) == 1 else torch.cat([a.to(dtype) for a in A])
+
+
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
     """y [M, N] += bias + scale * s @ B.T, in place."""
     y.addmm_(s, B.to(s.dtype).t(), alpha=scale)
@@ -162,6 +180,47 @@ def lora_down_backward(
     if dx is not None:
         dx += _kept(_product(ds, A.to(ds.dtype), c), bits)
     return _product(ds.t(), _kept(x, bits), c).to(A.dtype) if needs_dA else None
+
+
+def lora_down_group_backward(
+    ds: Tensor,
+    x: Tensor,
+    A: Sequence[Tensor],
+    p: Sequence[float],
+    key: Sequence[Tensor | None],
+    dx: Tensor | None = None,
+    needs_dA: bool = True,
+) -> list[Tensor | None]:
+    """lora_down_backward of each A_j for ds [M, sum R_j]."""
+    ranks = [a.shape[0] for a in A]
+    if any(p):
+        adapters = zip(ds.split(ranks, dim=1), A, p, key)
+        return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
+    dA = lora_down_backward(ds, x, _stacked(A, ds.dtype), 0.0, None, dx, needs_dA)
+    return [None] * len(A) if dA is None else [part.to(a.dtype) for part, a in zip(dA.split(ranks), A)]
+
+
+def lora_up_add_group_(
+    y: Sequence[Tensor], s: Tensor, B: Sequence[Tensor], scale: Sequence[float], bias: Sequence[Tensor | None]
+) -> None:
+    """lora_up_add_ of each y_j, for s [M, sum R_j]."""
+    for y_j, s_j, b, factor, bias_j in zip(y, s.split([b.shape[1] for b in B], dim=1), B, scale, bias):
+        lora_up_add_(y_j, s_j, b, factor, bias_j)
+
+
+def lora_up_group_backward(
+    dy: Sequence[Tensor],
+    s: Tensor,
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    needs_ds: bool = True,
+    needs_dB: bool = True,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """ds [M, sum R_j] and the dB_j of lora_up_backward, for each dy_j."""
+    parts = zip(dy, s.split([b.shape[1] for b in B], dim=1), B, scale)
+    grads = [lora_up_backward(*part, needs_ds, needs_dB) for part in parts]
+    ds = [of_s for of_s, _ in grads if of_s is not None]
+    return _side_by_side(ds) if needs_ds else None, [of_B for _, of_B in grads]
 
 
 def _activation(g: Tensor, activation: str) -> Tensor:

@@ -1,5 +1,7 @@
 """What two or more kernels share: device functions, tile sizes, the rule for fp32 products."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -52,3 +54,16 @@ def warps(*tensors: Tensor) -> int:
     Triton then loads element by element and keeps one address for each: spread over 8 warps they fit the registers.
     """
     return 4 if all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors) else 8
+
+
+MOST = 3  # adapters in one launch, as many as q, k and v have: kernels have that many pointers of each kind
+
+
+def thrice(values: Sequence, filler: object) -> list:
+    """The values, and `filler` for each of the MOST that is missing."""
+    return [*values, *[filler] * (MOST - len(values))]
+
+
+def strides(matrices: Sequence[Tensor]) -> list[int]:
+    """How far apart the rows of each lie, the first's for the missing ones."""
+    return thrice([t.stride(0) for t in matrices], matrices[0].stride(0))

@@ -21,6 +21,7 @@ from peft_fast.dispatch import Backend, Op, Route
 from . import routes
 from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import (
+    at_16_bytes,
     autocasting,
     define,
     implementation,
@@ -29,7 +30,7 @@ from .library import (
     resolve_route,
     weight_shape,
 )
-from .projection import GRADIENTS, LEADING, Layer, Projection, layers, rank
+from .projection import GRADIENTS, LEADING, Layer, Projection, backward_together, forward_together, layers, rank
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -47,14 +48,14 @@ def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, traini
     M, kept = x.shape[0], training and not recompute
     (F, _), (N, _) = weight_shape(gate[LEADING:], fmts[0]), weight_shape(down[LEADING:], fmts[2])
     inner = [x.new_empty((M, F) if kept else (0,), dtype=dtype) for _ in range(2)]
-    s = [x.new_empty((M, rank(p)) if kept else (0,), dtype=dtype) for p in (gate, up, down)]
+    s = [x.new_empty((M, R) if kept else (0,), dtype=dtype) for R in (rank(gate) + rank(up), rank(down))]
     return x.new_empty((M, N), dtype=dtype), *inner, *s
 
 
 @define(
     "lora_mlp(Tensor x, Tensor?[] gate, Tensor?[] up, Tensor?[] down, str[] fmts, float[] scales, float[] ps, "
     "str activation, ScalarType dtype, bool training, bool recompute, bool trained, str backend, str route) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 def _forward(
@@ -73,15 +74,16 @@ def _forward(
     backend: Backend,
     route: Route,
 ) -> tuple[Tensor, ...]:
-    """(y [M, N], g [M, F], u [M, F], s of gate, up and down) in `dtype`; all but y empty where they are not kept."""
+    """(y [M, N], g [M, F], u [M, F], s of gate and up side by side, s of down) in `dtype`; all but y empty where they
+    are not kept."""
     x = x.to(dtype)
     run = implementation(GLU.choose(backend, x.device, dtype))
     gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
-    (g, s_gate), (u, s_up) = gate_layer.forward(x), up_layer.forward(x)
+    (g, u), s = forward_together(x, (gate_layer, up_layer))
     kept = training and not recompute
     h = run.glu(g, u, activation, out=None if kept else g)
     y, s_down = down_layer.forward(h)
-    return y, *(t if kept else t.new_empty(0) for t in (g, u, s_gate, s_up, s_down))
+    return y, *(t if kept else t.new_empty(0) for t in (g, u, s, s_down))
 
 
 def _backward_fake(
@@ -123,21 +125,20 @@ def _backward(
     """
     z = x.to(dy.dtype)
     gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
-    s_gate, s_up, s_down = s
+    s_x, s_down = s
     h: Tensor | None = None
     if recompute:
-        (g, s_gate), (u, s_up) = gate_layer.forward(z), up_layer.forward(z)
+        (g, u), s_x = forward_together(z, (gate_layer, up_layer))
         h_again: Tensor = implementation(GLU.choose(backend, g.device, g.dtype)).glu(g, u, activation)
         h, s_down = h_again, down_layer.down_again(h_again)
     dx: Tensor | None = None
-    of_gate: list[Tensor | None] = [None] * GRADIENTS
-    of_up: list[Tensor | None] = [None] * GRADIENTS
+    of_gate, of_up = [[None] * GRADIENTS] * 2
     dg, du, of_down = _through_down(dy, g, u, h, s_down, down_layer, activation, needs, backend)
     if dg is not None and du is not None:
-        dx, of_gate = gate_layer.backward(dg, z, s_gate, [needs[0], *needs[1:4]])
-        dx, of_up = up_layer.backward(du, z, s_up, [needs[0], *needs[4:7]], dx)
+        both = gate_layer, up_layer
+        dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, both, needs[0], (needs[1:4], needs[4:7]))
     grads = [None if dx is None else dx.to(x.dtype), *of_gate, *of_up, *of_down]
-    return [x.new_empty(0) if grad is None else grad for grad in grads]
+    return [x.new_empty(0) if grad is None else at_16_bytes(grad) for grad in grads]
 
 
 def _through_down(
@@ -184,16 +185,16 @@ class _LoraMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         fmts, scales, ps, activation, _, _, recompute, trained, backend, route, counts = ctx.settings
-        x, g, u, s_gate, s_up, s_down, *tensors = ctx.saved_tensors
+        x, g, u, s, s_down, *tensors = ctx.saved_tensors
         if recompute:
-            g = u = s_gate = s_up = s_down = x.new_empty(0)
+            g = u = s = s_down = x.new_empty(0)
         projections = _restored(_split(tensors, counts))
         needs_input = _split(ctx.needs_input_grad[2:], counts)
         needs = [ctx.needs_input_grad[0], *(need for needed in needs_input for need in needed[:GRADIENTS])]
         grads: list[Tensor | None] = [None] * len(needs)
         if any(needs):
             out = _backward(
-                dy, x, g, u, [s_gate, s_up, s_down], *projections, fmts, scales, ps, activation, needs, recompute,
+                dy, x, g, u, [s, s_down], *projections, fmts, scales, ps, activation, needs, recompute,
                 trained, backend, route,
             )  # fmt: skip
             grads = [grad if need else None for grad, need in zip(out, needs)]

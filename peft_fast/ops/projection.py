@@ -1,4 +1,4 @@
-"""A linear layer inside an op of several: what the op is given of it, and its part of the forward and backward."""
+"""Linear layers inside an op of several: what the op is given of each, and their part of the forward and backward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,17 +68,6 @@ class Layer:
         """The s that `forward` gave."""
         return x.new_empty(x.shape[0], 0) if self.lora is None else routes.down_again(x, self.lora)
 
-    def backward(
-        self, dy: Tensor, x: Tensor, s: Tensor, needs: Sequence[bool], dx: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(dx, [dA, dB, dbias]) for `needs` = (x, A, B, bias); added to the `dx` that is given."""
-        dA = dB = None
-        if self.lora is not None:
-            dx, dA, dB = routes.backward(dy, x, s, self.lora, (needs[0], needs[1], needs[2]), dx)
-        elif needs[0]:
-            dx = routes.product_dx(dy, self.weight, self.backend, dx)
-        return dx, [dA, dB, self.dbias(dy, needs[3])]
-
     def backward_to_x(
         self, dy: Tensor, s: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -89,6 +78,37 @@ class Layer:
 
     def dbias(self, dy: Tensor, needed: bool) -> Tensor | None:
         return dy.sum(0).to(self.bias.dtype) if needed and self.bias is not None else None
+
+
+def forward_together(x: Tensor, parts: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
+    """(y of each layer, their s side by side) for layers that share x [M, K]."""
+    adapted = [part for part in parts if part.lora is not None]
+    y, s = [], x.new_empty(x.shape[0], 0)
+    if adapted:
+        y, s = routes.forward_group(x, [part.bias for part in adapted], [part.lora for part in adapted])  # type: ignore[misc]
+    of_adapted = iter(y)
+    return [
+        routes.product(x, part.weight, part.bias, part.backend) if part.lora is None else next(of_adapted)
+        for part in parts
+    ], s
+
+
+def backward_together(
+    dy: Sequence[Tensor], x: Tensor, s: Tensor, parts: Sequence[Layer], needs_dx: bool, needs: Sequence[Sequence[bool]]
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """(dx, [dA, dB, dbias] of each layer) for layers that share x; `needs` = (A, B, bias) of each."""
+    dx, adapted = None, [i for i, part in enumerate(parts) if part.lora is not None]
+    grads: list[list[Tensor | None]] = [[None, None, part.dbias(d, n[2])] for part, d, n in zip(parts, dy, needs)]
+    if adapted:
+        lora = [parts[i].lora for i in adapted]
+        needs_dA, needs_dB = ([needs[i][j] for i in adapted] for j in (0, 1))
+        dx, dA, dB = routes.backward_group([dy[i] for i in adapted], x, s, lora, needs_dx, needs_dA, needs_dB)  # type: ignore[arg-type]
+        for i, of_A, of_B in zip(adapted, dA, dB):
+            grads[i][:2] = of_A, of_B
+    for part, dy_j in zip(parts, dy) if needs_dx else ():
+        if part.lora is None:
+            dx = routes.product_dx(dy_j, part.weight, part.backend, dx)
+    return dx, grads
 
 
 def layers(

@@ -11,12 +11,14 @@
 `reference` is split in plain torch. W of a k-bit base is written out for one product and freed after it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.dispatch import Backend, Route
+from peft_fast.dispatch import Backend, Choice, Route
 from peft_fast.quant import bitsandbytes_kernels
 from peft_fast.quant.weight import QuantizedWeight
 
@@ -94,40 +96,103 @@ def _sum(dx: Tensor, added_to: Tensor | None) -> Tensor:
 
 def forward(x: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) for x [M, K] in the dtype of the product. Merging leaves s for the backward to compute."""
-    choice = table.linear(lora.call(x), lora.backend, lora.route)
-    run, W = implementation(choice), lora.weight
-    if choice.route == "merge":
-        assert isinstance(W, QuantizedWeight)
-        merged, _ = run.dequantize_merge(W, lora.A, lora.B, lora.scale, x.dtype)
-        return F.linear(x, merged, None if bias is None else bias.to(x.dtype)), x.new_empty(x.shape[0], lora.A.shape[0])
-    s = run.lora_down(x, lora.A, lora.p, lora.key)
-    if choice.route == "fused":
-        return run.quant_matmul(x, W, bias, s, lora.B, lora.scale), s
-    y = product(x, W, bias, lora.backend)
-    run.lora_up_add_(y, s, lora.B, lora.scale)
+    (y,), s = forward_group(x, [bias], [lora])
     return y, s
 
 
-def backward(
-    dy: Tensor, x: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool], dx: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx [M, K], dA [R, K], dB [N, R]), each None where `needs` = (x, A, B) does not ask for it.
+def forward_group(x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora]) -> tuple[list[Tensor], Tensor]:
+    """The same for layers that share x, which their adapters read once: their y, and their s side by side.
 
-    `dx`: another layer's gradient of the same x, which this one is added to, in place.
+    Layers that go different routes go them one by one.
     """
-    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
-    run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
-    if choice.route == "merge":
-        dx = _merged_dx(run, dy, lora, dx) if needs_dx else None
-        return dx, *backward_from_x(dy, x, None, None, lora, (needs_dA, needs_dB))
-    ds, dB = _up(run, dy, s, lora, needs_dx or needs_dA, needs_dB)
-    if needs_dx and choice.route == "fused":
-        dx = _sum(run.quant_matmul_dx(dy, lora.weight, ds, lora.A, lora.p, lora.key), dx)
-        return dx, *backward_from_x(dy, x, ds, dB, lora, (needs_dA, needs_dB))
-    dx = product_dx(dy, lora.weight, lora.backend, dx) if needs_dx else None
-    dA = None
-    if needs_dA or needs_dx:  # one pass over x gives dA and adds LoRA's part to dx
-        dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key, dx, needs_dA)
+    choices = [table.linear(one.call(x), one.backend, one.route) for one in lora]
+    if _differ(choices):
+        parts = [forward(x, *one) for one in zip(bias, lora)]
+        return [y for y, _ in parts], torch.cat([s for _, s in parts], dim=1)
+    route, run, ranks = choices[0].route, implementation(choices[0]), [one.A.shape[0] for one in lora]
+    if route == "merge":
+        return [_merged_product(run, x, *one) for one in zip(bias, lora)], x.new_empty(x.shape[0], sum(ranks))
+    s = run.lora_down_group(x, [one.A for one in lora], [one.p for one in lora], [one.key for one in lora])
+    if route == "fused":
+        parts = zip(s.split(ranks, dim=1), bias, lora)
+        return [run.quant_matmul(x, one.weight, b, s_j, one.B, one.scale) for s_j, b, one in parts], s
+    y = [product(x, one.weight, b, one.backend) for b, one in zip(bias, lora)]
+    run.lora_up_add_group_(y, s, [one.B for one in lora], [one.scale for one in lora], [None] * len(lora))
+    return y, s
+
+
+def _differ(choices: Sequence[Choice]) -> bool:
+    return any((choice.route, choice.backend) != (choices[0].route, choices[0].backend) for choice in choices)
+
+
+def _merged_product(run, x: Tensor, bias: Tensor | None, lora: Lora) -> Tensor:
+    assert isinstance(lora.weight, QuantizedWeight)
+    merged, _ = run.dequantize_merge(lora.weight, lora.A, lora.B, lora.scale, x.dtype)
+    return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+
+
+def backward(
+    dy: Tensor, x: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx [M, K], dA [R, K], dB [N, R]), each None where `needs` = (x, A, B) does not ask for it."""
+    dx, (dA,), (dB,) = backward_group([dy], x, s, [lora], needs[0], [needs[1]], [needs[2]])
+    return dx, dA, dB
+
+
+def backward_group(
+    dy: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    lora: Sequence[Lora],
+    needs_dx: bool,
+    needs_dA: Sequence[bool],
+    needs_dB: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """The same for layers that share x: dx is the sum over them, the adapters read x once and write dx once."""
+    choices = [table.linear_backward(one.call(x), one.backend, one.route) for one in lora]
+    if _differ(choices):
+        return _backward_one_by_one(dy, x, s, lora, needs_dx, needs_dA, needs_dB)
+    route, run, dx = choices[0].route, implementation(choices[0]), None
+    A, B, p, key = ([getattr(one, name) for one in lora] for name in ("A", "B", "p", "key"))
+    if route == "merge" and any(needs_dB):
+        s = run.lora_down_group(x, A, p, key)
+    needs_ds = any(needs_dA) or (needs_dx and route != "merge")
+    ds, dB, dA = None, [None] * len(lora), [None] * len(lora)
+    if needs_ds or any(needs_dB):
+        ds, dB = run.lora_up_group_backward(dy, s, B, [one.scale for one in lora], needs_ds, any(needs_dB))
+    parts = [None] * len(lora) if ds is None else ds.split([one.A.shape[0] for one in lora], dim=1)
+    for dy_j, ds_j, one in zip(dy, parts, lora) if needs_dx else ():
+        if route == "merge":
+            dx = _merged_dx(run, dy_j, one, dx)
+        elif route == "fused":
+            dx = _sum(run.quant_matmul_dx(dy_j, one.weight, ds_j, one.A, one.p, one.key), dx)
+        else:
+            dx = product_dx(dy_j, one.weight, one.backend, dx)
+    added_to = dx if route not in ("merge", "fused") else None
+    if any(needs_dA) or added_to is not None:  # one pass over x gives dA and adds LoRA's part to dx
+        dA = run.lora_down_group_backward(ds, x, A, p, key, added_to, any(needs_dA))
+    return dx, _needed(dA, needs_dA), _needed(dB, needs_dB)
+
+
+def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs)]
+
+
+def _backward_one_by_one(
+    dy: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    lora: Sequence[Lora],
+    needs_dx: bool,
+    needs_dA: Sequence[bool],
+    needs_dB: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    dx, dA, dB = None, [], []
+    for *one, needs_A, needs_B in zip(dy, s.split([one.A.shape[0] for one in lora], dim=1), lora, needs_dA, needs_dB):
+        part, of_A, of_B = backward(one[0], x, one[1], one[2], (needs_dx, needs_A, needs_B))
+        dx = part if dx is None or part is None else dx.add_(part)
+        dA.append(of_A)
+        dB.append(of_B)
     return dx, dA, dB
 
 

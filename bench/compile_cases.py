@@ -38,6 +38,7 @@ def launches(quick: bool, target: int) -> Named:
             if quick and dname == "fp16":  # the instructions of bf16, but for conversions
                 continue
             yield from _lora(dname, dtype, quick)
+            yield from _groups(dname, dtype, quick)
             yield from _dequantize(dname, dtype, quick)
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
@@ -71,6 +72,33 @@ def _lora(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                 tag,
                 lambda y=y, s=s, B=B: lora_up_add.lora_up_add_(y, s, B, 2.0, None if quick else y[0]),
                 lambda y=y, s=s, B=B: lora_up_add.lora_up_backward(y, s, B, 2.0),
+            )
+
+
+def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    """Two and three adapters that share x."""
+    for R, sname in ((16, "aligned"),) if quick else ((16, "aligned"), (32, "aligned"), (64, "aligned"), (17, "odd")):
+        for count in (3,) if quick else (2, 3):
+            M, N, K = (256, 64, 64) if sname == "aligned" else (33, 71, 67)
+            x, s = torch.zeros(M, K, dtype=dtype), torch.zeros(M, count * R, dtype=dtype)
+            y = [torch.zeros(M, N, dtype=dtype) for _ in range(count)]
+            adapter = dtype if sname == "aligned" else torch.float32
+            A, B = ([torch.zeros(shape, dtype=adapter)] * count for shape in ((R, K), (N, R)))
+            tag = f"{dname} {count}xR{R} {sname}" + ("" if adapter == dtype else " fp32-adapter")
+            for p in (0.1,) if quick else (0.0, 0.1):
+                drop = [p] * count, [dropout.new_key("cpu")] * count
+                yield from _recorded(
+                    tag + (" dropout" if p else ""),
+                    lambda x=x, A=A, drop=drop: lora_down.lora_down_group(x, A, *drop),
+                    lambda s=s, x=x, A=A, drop=drop: lora_down.lora_down_group_backward(
+                        s, x, A, *drop, torch.zeros_like(x)
+                    ),
+                )
+            scale, bias = [2.0] * count, [None] * count
+            yield from _recorded(
+                tag,
+                lambda y=y, s=s, B=B, scale=scale, bias=bias: lora_up_add.lora_up_add_group_(y, s, B, scale, bias),
+                lambda y=y, s=s, B=B, scale=scale: lora_up_add.lora_up_group_backward(y, s, B, scale),
             )
 
 

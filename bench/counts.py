@@ -20,6 +20,8 @@ import peft
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import peft_fast
 from bench import launches
@@ -103,13 +105,20 @@ class OneLayer(nn.Module):
         return self.proj(x)
 
 
+def _linear4bit(dense: torch.Tensor) -> nn.Module:
+    """Nested scales, as every QLoRA recipe has them."""
+    N, K = dense.shape
+    base = bnb.nn.Linear4bit(K, N, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    base.weight = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", module=base)
+    return base.to("cpu")
+
+
 def qlora_layer(library_: Any, width: int, p: float, bits: int = 4) -> nn.Module:
     """A bitsandbytes layer [width, width] in bf16 with a LoRA adapter of rank 16, by peft or by peft_fast."""
     dense = torch.randn(width, width, dtype=torch.bfloat16)
     base: nn.Module
     if bits == 4:
-        base = bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
-        base.weight = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", module=base)
+        base = _linear4bit(dense)
     else:
         base = bnb.nn.Linear8bitLt(width, width, bias=False, has_fp16_weights=False)
         base.weight = bnb.nn.Int8Params(dense, requires_grad=False, has_fp16_weights=False)
@@ -118,7 +127,37 @@ def qlora_layer(library_: Any, width: int, p: float, bits: int = 4) -> nn.Module
     return model.train()
 
 
-def forward_and_backward(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], object]:
+class Projections(nn.Module):
+    """What a Llama layer has of linear layers, at the proportions of Llama-3-8B: q, k, v and o, and the MLP. Attention
+    itself, which is not ours, is left out: o takes q's output."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=7 * hidden // 2)
+        for name, width in (("q_proj", hidden), ("k_proj", hidden // 4), ("v_proj", hidden // 4), ("o_proj", hidden)):
+            self.add_module(name, nn.Linear(hidden, width, bias=False))
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return k, v, self.mlp(self.o_proj(q))
+
+
+def llama_layer(library_: Any, hidden: int, p: float, bits: int = 4) -> nn.Module:
+    """Projections in bf16, dense (16 bits) or of bitsandbytes' 4-bit layers, LoRA of rank 16 on all seven."""
+    layer = Projections(hidden).bfloat16()
+    for name, linear in list(layer.named_modules()):
+        if bits == 4 and isinstance(linear, nn.Linear):
+            layer.set_submodule(name, _linear4bit(linear.weight.data))
+    config = library_.LoraConfig(
+        r=16,
+        lora_dropout=p,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+    return library_.get_peft_model(layer, config, autocast_adapter_dtype=False).train()
+
+
+def forward_and_backward(model: nn.Module, x: torch.Tensor, dy: Any) -> Callable[[], object]:
     """The outputs and gradients of one micro-batch whose .grad are None."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 

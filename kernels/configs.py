@@ -130,7 +130,8 @@ GEMM_STAGES = {80: 4, 86: 3, 90: 4, 120: 3}
 
 def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> list[dict]:
     """The same for the forward and for dx, whose sum runs along BLOCK_N. Not aligned: rows of the activations do not
-    start at multiples of 16, are loaded element by element, and need eight warps for their addresses (tiles.warps)."""
+    start at multiples of 16, or the weight lies at an odd address; what is loaded element by element needs eight warps
+    for its addresses (tiles.warps)."""
     candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
     stages = _newest(GEMM_STAGES, device)
     if not aligned:

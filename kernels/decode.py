@@ -5,10 +5,10 @@
 
 The table of sixteen codes lies across the lanes of a warp, code[i] in lanes i and i + 16, and a look-up is a warp
 shuffle: one shift and one SHFL per weight. No shared memory is touched and, because the hardware uses only the low four
-bits of the index, none are masked. (tl.gather, whose table lies in shared memory, took the whole dequantisation to 14.5
-instructions per weight on sm_89; it takes 5.84 now, compile.csv.) Shuffles issue at a quarter of the rate of additions,
-which is what four additions would cost; a byte permutation (PRMT) needs five instructions per weight of exact fp32,
-each at half rate.
+bits of the index, none are masked. (tl.gather, whose table lies in shared memory, made the whole dequantisation more
+than twice as long, which is 5.84 instructions per weight on sm_89: compile.csv.) Shuffles issue at a quarter of the
+rate of additions, which is what four additions would cost; a byte permutation (PRMT) needs five instructions per weight
+of exact fp32, each at half rate.
 
 A nested scale is a product and a sum that are both rounded: the kernels that include this file are compiled with
 enable_fp_fusion=False, and write tl.fma where they mean one.
@@ -61,8 +61,10 @@ def pointers(weight: QuantizedWeight) -> tuple[Tensor | None, ...]:
 
 
 def is_aligned(weight: QuantizedWeight) -> bool:
-    """Whether the data of a 4-bit weight can be read as whole words: not in an odd view of a buffer, nor at an odd end.
-    Bytes are read one by one otherwise."""
+    """Whether the data can be read eight weights at a time: not in an odd view of a buffer, nor, in 4 bits, at an odd
+    end, nor, in 8 bits, from rows that begin at odd addresses. Bytes are read one by one otherwise."""
+    if weight.bits == 8:
+        return weight.data.data_ptr() % 8 == 0 and weight.shape[1] % 8 == 0
     return weight.data.data_ptr() % 4 == 0 and weight.data.numel() % 4 == 0
 
 
@@ -78,7 +80,7 @@ def tile_constants(weight: QuantizedWeight, BLOCK_N: int, BLOCK_K: int) -> dict:
     nested = weight.nested.blocksize if weight.nested else 0
     even = N % BLOCK_N == 0 and K % BLOCK_K == 0
     if weight.bits == 8:
-        aligned = K % 8 == 0 and weight.data.data_ptr() % 8 == 0
+        aligned = is_aligned(weight)
         return dict(G=0, NESTED_G=0, UNIT=8 if aligned else 1, ALIGNED=aligned, EVEN=even and aligned)
     unit = math.gcd(K, weight.blocksize, BLOCK_K)
     return dict(G=weight.blocksize, NESTED_G=nested, UNIT=unit, ALIGNED=is_aligned(weight), EVEN=even)

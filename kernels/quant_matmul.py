@@ -136,7 +136,7 @@ def quant_matmul(
         )  # fmt: skip
         return y if splits == 1 else sum_partials(y, x.dtype)
 
-    candidates = configs.quant_matmul(x.device, M, x.element_size(), tiles.warps(x) == 4 and N % 16 == 0)
+    candidates = configs.quant_matmul(x.device, M, x.element_size(), _aligned(x, N, weight))
     tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
     return launch(autotune.pick("quant_matmul", tuned_for, candidates, launch, x.device))
 
@@ -172,9 +172,14 @@ def quant_matmul_dx(
         )  # fmt: skip
         return dx if splits == 1 else sum_partials(dx, dy.dtype)
 
-    candidates = configs.quant_matmul(dy.device, M, dy.element_size(), tiles.warps(dy) == 4 and K % 16 == 0)
+    candidates = configs.quant_matmul(dy.device, M, dy.element_size(), _aligned(dy, K, weight))
     tuned_for = (weight.format, dy.dtype, triton.next_power_of_2(M), R, p > 0)
     return launch(autotune.pick("quant_matmul_dx", tuned_for, candidates, launch, dy.device))
+
+
+def _aligned(x: Tensor, columns: int, weight: QuantizedWeight) -> bool:
+    """Whether activations and weight are loaded several elements at a time. `columns`: of the output."""
+    return tiles.warps(x) == 4 and columns % 16 == 0 and decode.is_aligned(weight)
 
 
 def why_not(fmt: Format, dtype: torch.dtype, capability: int, M: int) -> str | None:

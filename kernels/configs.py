@@ -66,11 +66,16 @@ def dequantize_int8(K: int) -> dict:
 def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
     """`count` adapters share x."""
     block_r = rank_block(R, itemsize)
+    if count > 1:
+        block_m, block_k = (16, 128) if count == 2 else (32, 32)
+        return dict(BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=min(block_r, 32))
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
 def lora_down_backward(R: int, itemsize: int, count: int = 1) -> dict:
     block_r = rank_block(R, itemsize)
+    if count > 1:
+        return dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
     if itemsize == 4 or block_r == 64:
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
     return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r)

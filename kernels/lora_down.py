@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import configs, dropout, tiles
 from .reduce import sum_partials
-from .tiles import dropout_mask, input_precision, rows, strides, thrice, warps
+from .tiles import dropout_mask, in_one_launch, input_precision, rows, strides, thrice, warps
 
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
 # so that the order of the sums, and with it every bit of the result, is the same on all of them
@@ -199,6 +199,8 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
     (M, K), ranks = x.shape, [a.shape[0] for a in A]
     if M == 0:
         return x.new_empty(0, sum(ranks))
+    if not in_one_launch(x, A):
+        return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
     config = configs.lora_down_forward(max(ranks), x.element_size(), len(A))
     grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(max(ranks), config["BLOCK_R"])
     splits, steps = configs.split_lora_down(M, K, config["BLOCK_K"], grid[0] * grid[1])
@@ -229,6 +231,9 @@ def lora_down_group_backward(
     (M, K), ranks = x.shape, [a.shape[0] for a in A]
     if M == 0:
         return [a.new_zeros(a.shape) if needs_dA else None for a in A]
+    if not in_one_launch(x, A):
+        adapters = zip(ds.split(ranks, dim=1), A, p, key)
+        return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     config = configs.lora_down_backward(max(ranks), x.element_size(), len(A))
     columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import configs, tiles
 from .reduce import sum_partials
-from .tiles import input_precision, rows, strides, thrice, warps
+from .tiles import in_one_launch, input_precision, rows, strides, thrice, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
 # 59 MB for N = 14336, R = 16
@@ -145,6 +145,10 @@ def lora_up_add_group_(
     s, B = rows(s), [rows(b) for b in B]
     M, ranks, widths = s.shape[0], [b.shape[1] for b in B], [b.shape[0] for b in B]
     if M == 0 or not any(widths):
+        return
+    if not in_one_launch(s, y):
+        for one in zip(y, s.split(ranks, dim=1), B, scale, bias):
+            lora_up_add_(*one)
         return
     bias = [None if b is None else b.contiguous() for b in bias]
     config = configs.lora_up_forward(max(ranks), y[0].element_size())

@@ -67,3 +67,9 @@ def thrice(values: Sequence, filler: object) -> list:
 def strides(matrices: Sequence[Tensor]) -> list[int]:
     """How far apart the rows of each lie, the first's for the missing ones."""
     return thrice([t.stride(0) for t in matrices], matrices[0].stride(0))
+
+
+def in_one_launch(x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether these adapters may share a launch: several need the registers that tiles of fp32, or the addresses of
+    single elements, take too."""
+    return len(others) == 1 or (x.element_size() == 2 and warps(x, *others) == 4)

@@ -100,9 +100,9 @@ def check(ops, group: Group) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=str)
 @pytest.mark.parametrize("group", GROUPS, ids=str)
-@pytest.mark.parametrize(("M", "K"), [(33, 70), (7, 400)], ids=str)
+@pytest.mark.parametrize(("M", "K"), [(33, 70), (7, 400), (130, 64)], ids=str)
 def test_triton(M, K, group, dtype, adapter, device):
-    """33 tokens, and 7, for which K is split."""
+    """Rows at odd addresses, which go one by one; K split for few tokens; K whole."""
     check(triton_ops, make_group(M, K, group, dtype, adapter, device))
 
 

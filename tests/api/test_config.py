@@ -214,6 +214,14 @@ def test_broken_files(tmp_path, text, error, message):
         PeftConfig.from_pretrained(tmp_path)
 
 
+def test_a_runtime_config_in_a_file_is_left_out_with_a_warning(tmp_path):
+    write(tmp_path, peft_type="LORA", r=3, runtime_config={"ephemeral_gpu_offload": True})
+    for library in (peft_fast, peft):
+        with pytest.warns(UserWarning, match="runtime_config"):
+            config = library.PeftConfig.from_pretrained(tmp_path)
+        assert (config.r, config.runtime_config.ephemeral_gpu_offload) == (3, False)
+
+
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match=f"Can't find '{FILE}'"):
         PeftConfig.from_pretrained(tmp_path)

@@ -55,9 +55,11 @@ class PeftConfig(PushToHubMixin):
             if self.task_type not in names:
                 raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
             self.task_type = TaskType(self.task_type)
-        for name in ("base_model_name_or_path", "revision"):
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            raise TypeError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}")
         self.peft_version = self.peft_version or PEFT_VERSION
 
     @classmethod

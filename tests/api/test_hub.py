@@ -14,7 +14,7 @@ from huggingface_hub.utils import _http
 
 from peft_fast import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 
-http = _http.httpx2
+http: Any = getattr(_http, "httpx2", None) or _http.httpx  # by the version of huggingface_hub
 TOKEN = "hf_stand_in"
 
 

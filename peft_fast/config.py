@@ -42,7 +42,7 @@ class PeftConfig(PushToHubMixin):
     revision: str | None = None
     inference_mode: bool = False
 
-    def __new__(cls, *args: Any, **options: Any):
+    def __new__(cls, /, *args: Any, **options: Any):
         # The dataclass's own TypeError would not say which options there are.
         unknown = options.keys() - cls.option_names()
         if unknown:
@@ -147,7 +147,7 @@ class PeftConfig(PushToHubMixin):
         return values
 
     @classmethod
-    def from_peft_type(cls, **options: Any) -> "PeftConfig":
+    def from_peft_type(cls, /, **options: Any) -> "PeftConfig":
         """A config of the class that `peft_type` names, or of this class without one."""
         from .tuners import config_class  # the table has the subclasses of this class
 

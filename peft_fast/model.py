@@ -254,6 +254,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         from .mapping import model_class  # the table has the subclasses of this class
 
+        _refuse_offload(ephemeral_gpu_offload)
         hub_arguments = without_idle_arguments(hub_arguments)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
@@ -261,23 +262,14 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}")
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
+        tuner_class(config.peft_type).check_file(config, tensors)
         config.inference_mode = not is_trainable
         with unchanged_on_error(model):
             wrapper = model_class(config.task_type, default=cls)(
                 model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
             )
-            result = wrapper._load_adapter(
-                model_id,
-                adapter_name,
-                is_trainable,
-                torch_device,
-                autocast_adapter_dtype,
-                ephemeral_gpu_offload,
-                low_cpu_mem_usage,
-                key_mapping,
-                ignore_mismatched_sizes,
-                **hub_arguments,
-            )
+            result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
             warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
         return wrapper
@@ -302,54 +294,40 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
         place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
         """
+        _refuse_offload(ephemeral_gpu_offload)
         hub_arguments = without_idle_arguments(hub_arguments)
-        if adapter_name in self.peft_config and locate(model_id, CONFIG_NAME, **hub_arguments):
-            self.peft_config[adapter_name].check_weights_of(PeftConfig.from_pretrained(model_id, **hub_arguments))
-        return self._load_adapter(
-            model_id,
-            adapter_name,
-            is_trainable,
-            torch_device,
-            autocast_adapter_dtype,
-            ephemeral_gpu_offload,
-            low_cpu_mem_usage,
-            key_mapping,
-            ignore_mismatched_sizes,
-            **hub_arguments,
-        )
-
-    def _load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool,
-        torch_device: str | torch.device | None,
-        autocast_adapter_dtype: bool,
-        ephemeral_gpu_offload: bool,
-        low_cpu_mem_usage: bool,
-        key_mapping: Mapping[str, str] | None,
-        ignore_mismatched_sizes: bool,
-        **hub_arguments: Any,
-    ) -> LoadResult:
-        """`load_adapter` without a look at the config of an adapter that is there: it came from the caller."""
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
         new = adapter_name not in self.peft_config
-        config = PeftConfig.from_pretrained(model_id, **hub_arguments) if new else None
+        if new or locate(model_id, CONFIG_NAME, **hub_arguments):
+            config = PeftConfig.from_pretrained(model_id, **hub_arguments)
+        else:
+            config = self.peft_config[adapter_name]
+        if not new:
+            self.peft_config[adapter_name].check_weights_of(config)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
+        tuner_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):
-            if config is not None:
+            if new:
                 config.inference_mode = not is_trainable
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 self.set_requires_grad(adapter_name, is_trainable)
-            plan = plan_load(self, tensors, adapter_name, ignore_mismatched_sizes)
-            if plan.result.unexpected_keys:
-                raise ValueError(
-                    f"the adapter at {str(model_id)!r} has weights for layers that this model or its config does not "
-                    f"adapt: {plan.result.unexpected_keys[:3]} and others, {len(plan.result.unexpected_keys)} in all. "
-                    "Was it trained on another base model?"
-                )
-            apply_load(self, plan, adapter_name)
+            return self._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
+
+    def _load_tensors(
+        self,
+        model_id: str | os.PathLike[str],
+        tensors: dict[str, Tensor],
+        adapter_name: str,
+        is_trainable: bool,
+        ignore_mismatched_sizes: bool,
+    ) -> LoadResult:
+        plan = plan_load(self, tensors, adapter_name, ignore_mismatched_sizes)
+        if plan.result.unexpected_keys:
+            raise ValueError(
+                f"the adapter at {str(model_id)!r} has weights for layers that this model or its config does not "
+                f"adapt: {plan.result.unexpected_keys[:3]} and others, {len(plan.result.unexpected_keys)} in all. "
+                "Was it trained on another base model?"
+            )
+        apply_load(self, plan, adapter_name)
         if not is_trainable:
             self.eval()
         return plan.result
@@ -361,6 +339,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
                 raise
             return getattr(self.base_model, name)
+
+
+def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
 
 
 def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:

@@ -24,10 +24,11 @@ from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, all_linear, find_targets, targets_in
+from .matching import ALL_LINEAR, adaptable_paths, all_linear, find_targets, targets_in
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
 from .names import check_adapter_name, list_of_names
+from .slow_patterns import check_patterns_end
 
 
 class BaseTuner(nn.Module):
@@ -68,6 +69,11 @@ class BaseTuner(nn.Module):
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
         raise NotImplementedError
 
+    @classmethod
+    def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
+        """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
+        memory is taken for them. Methods with a size in their config say what it may be."""
+
     def inject_adapter(
         self,
         adapter_name: str,
@@ -85,6 +91,7 @@ class BaseTuner(nn.Module):
         """
         check_adapter_name(adapter_name, self.peft_config)
         config.check()
+        check_patterns_end(config, adaptable_paths(self.model))
         self._check_biases(config)
         resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
         saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []

@@ -208,7 +208,7 @@ def _check_patterns(config: LoraConfig) -> None:
         for text in texts:
             try:
                 re.compile(text)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{name} must be a regular expression, got {text!r}: {error}") from error
 
 

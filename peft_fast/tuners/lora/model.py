@@ -41,6 +41,16 @@ class LoraModel(BaseTuner):
         without_fan_in_fan_out(config)
         return Linear(target, adapter_name, config=config, r=r, lora_alpha=alpha)
 
+    @classmethod
+    def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
+        rank = max(config.r, *config.rank_pattern.values(), 0)
+        largest = max((max(t.shape) for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim()), default=0)
+        if largest and rank > largest:
+            raise ValueError(
+                f"the config says rank {rank}, and the file's tensors do not fit that: none has a dimension above "
+                f"{largest}. Are adapter_config.json and the weights of one adapter?"
+            )
+
     def inject_adapter(
         self,
         adapter_name: str,

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from . import model_card
 from .adapter_file import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ready_to_save
@@ -50,7 +49,8 @@ def write_card(directory: Path, base: nn.Module, config: PeftConfig) -> None:
 
 def card_text(directory: Path, base: nn.Module, config: PeftConfig) -> str | None:
     """The text of the card, or None where there is one that cannot be read: it is left alone, with a warning."""
-    tags = ["transformers"] if isinstance(base, PreTrainedModel) else []
+    # By its name: importing the class takes seconds, and is for those who have such a model, and so have done it.
+    tags = ["transformers"] if "PreTrainedModel" in [cls.__name__ for cls in type(base).__mro__] else []
     tags += getattr(base, "model_tags", None) or []
     quantized = getattr(getattr(base, "config", None), "quantization_config", None)
     name = config.base_model_name_or_path or base_model_name(base)

@@ -111,7 +111,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         peft_config = checked_config(peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"the adapters of one model must be of one type: it has {self.peft_type}, got {peft_config.peft_type}"
+                "the adapters of one model must be of one type: it has "
+                f"{PeftType(self.peft_type).value}, got {peft_config.peft_type}"
             )
         self.base_model.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 

@@ -8,6 +8,27 @@ from error_tools import NOT_YET, REFUSED_BY_NAME, Row, broken, quietly
 
 LIFE = [
     Row(
+        "adapters of two types",
+        lambda l, t: t.model(l).add_adapter("other", l.PeftConfig(peft_type="IA3")),
+        ValueError,
+        "different peft types",
+        ("must be of one type", "it has", "LORA", "got IA3"),
+    ),
+    Row(
+        "two copies of one module active at a time",
+        lambda l, t: both_active(t.model(l, modules_to_save=["lm_head"]), l),
+        ValueError,
+        "Only one adapter can be set at a time",
+        ("each have a copy of the same module in modules_to_save", "take one of them"),
+    ),
+    Row(
+        "update_signature for another method",
+        lambda l, t: helpers_of(l).update_signature(t.model(l), method="train"),
+        ValueError,
+        "is not supported",
+        ("method must be", "got 'train'"),
+    ),
+    Row(
         "an adapter of that name is there",
         lambda l, t: t.model(l).add_adapter("default", l.LoraConfig()),
         ValueError,
@@ -164,7 +185,15 @@ def disabled(model: Any) -> None:
         pass
 
 
+def helpers_of(library: Any) -> Any:
+    return importlib.import_module(f"{library.__name__}.helpers")
+
+
+def both_active(model: Any, library: Any) -> None:
+    model.add_adapter("other", library.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
 def rescaled(library: Any, model: Any, multiplier: Any) -> None:
-    helpers = importlib.import_module(f"{library.__name__}.helpers")
-    with helpers.rescale_adapter_scale(model, multiplier):
+    with helpers_of(library).rescale_adapter_scale(model, multiplier):
         pass

@@ -1,4 +1,4 @@
-"""What people do to a whole PeftModel: copy it, pickle it, compile it, checkpoint it. Several processes: test_ddp.py."""
+"""What people do to a whole PeftModel: copy, pickle, compile and checkpoint it. Several processes: test_ddp.py."""
 
 import copy
 import io

@@ -1,5 +1,6 @@
 """peft_fast: the PeftModel API of Hugging Face PEFT on fused Triton kernels."""
 
+from .adapter_file import load_peft_weights
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -9,7 +10,7 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
 from .explain import explain

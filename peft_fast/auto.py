@@ -25,7 +25,7 @@ from .tasks import (
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 IMPORT_ALLOWLIST = ("diffusers", "lerobot", "megatron-core", "transformers")
 OF_THE_ADAPTER = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
-OF_BOTH = ("low_cpu_mem_usage",)
+OF_BOTH = ("low_cpu_mem_usage", "key_mapping", "ignore_mismatched_sizes")
 NOT_FOR_THE_BASE = ("subfolder", "user_agent")  # where the adapter is in its repository
 
 

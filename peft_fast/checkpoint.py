@@ -6,8 +6,6 @@ Loading first looks at every key and shape and only then writes: a bad file leav
 """
 
 import json
-import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,23 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import locate
+from .adapter_file import PREFIX, is_plain
 from .inject import tuner_of
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]  # what "auto" looks for
 
 
 class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter that the file does not have: they stay as initialised
+    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks: left as initialised
     unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
 
 
@@ -92,30 +86,64 @@ def plan_load(
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
-    expected = len(keys)
-    keys |= {key: key for name in _embedding_keys(tuner) if (key := prefix + name) in state_dict}
-    values = {keys[key]: value for key, value in state_dict.items() if key in keys}
-    result = LoadResult([key for key in keys if key not in state_dict], [key for key in state_dict if key not in keys])
-    if expected and len(result.missing_keys) == expected:
+    found, unexpected = _by_name_in_model(state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
+    missing = [name for name in keys.values() if name not in found]
+    if keys and len(missing) == len(keys):
         raise ValueError(
             f"the file is no adapter for this model: none of its {len(state_dict)} tensors, such as "
-            f"{_some(result.unexpected_keys)}, is one of the adapter's, such as {_some(result.missing_keys)}"
+            f"{_some(unexpected)}, is one of the adapter's, such as {_some(list(keys))}"
         )
     own = _tensors(model)
-    wrong = [name for name, value in values.items() if not _fits(value, own[name])]
+    wrong = [name for name, value in found.items() if not _fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
-        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
+        shapes = "; ".join(f"{n}: {_described(found[n])} for {_described(own[n])}" for n in wrong[:3])
         raise ValueError(
             f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another rank, or "
             "on another base model? See r and target_modules in its adapter_config.json"
         )
     if wrong:
         warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
-    values = {name: value for name, value in values.items() if name not in wrong}
+    values = {name: _as_dtype(name, value, own[name].dtype) for name, value in found.items() if name not in wrong}
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
-    return LoadPlan(values, result)
+    return LoadPlan(values, LoadResult(missing, unexpected))
+
+
+def _by_name_in_model(
+    state_dict: Mapping[str, Any], keys: Mapping[str, str], embeddings: list[str], prefix: str, adapter_name: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The file's values by their names in the model, and the file's keys that mean nothing here.
+
+    Beside today's keys: names as they are in the model; those less the adapter's name; base weights without the
+    "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; and, for a model that adapters were
+    injected into, keys that a PeftModel saved.
+    """
+    known = {**keys, **{prefix + name: prefix + name for name in embeddings}}
+    for name in list(known.values()):
+        head, _, tail = name.rpartition(f".{adapter_name}")
+        for older in (name, head + tail if head else name, name.replace(".base_layer.", ".")):
+            known.setdefault(older, name)
+    known = {**{key.replace("_orig_mod.", ""): name for key, name in known.items()}, **known}
+    found: dict[str, Any] = {}
+    unexpected: list[str] = []
+    for key, value in state_dict.items():
+        bare = key.replace("_orig_mod.", "")
+        place = known.get(key) or known.get(bare) or (None if prefix else known.get(bare.removeprefix(PREFIX)))
+        if place is None:
+            unexpected.append(key)
+        elif place in found:
+            raise ValueError(f"the file has {place} twice, under an old key and a new one: {key!r} is one of them")
+        else:
+            found[place] = value
+    return found, unexpected
+
+
+def _as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    try:
+        return value.to(dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{name} is {value.dtype} in the file, which torch cannot make {dtype} of: {error}") from error
 
 
 @torch.no_grad()
@@ -126,47 +154,14 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
             own[name].copy_(value)
             continue
         path, _, attribute = name.rpartition(".")
-        loaded = nn.Parameter(value.to(own[name].dtype), requires_grad=own[name].requires_grad)
+        loaded: Tensor = (
+            value.detach().clone()
+        )  # the caller's tensors, and those that share memory in a file, stay apart
+        if isinstance(own[name], nn.Parameter):
+            loaded = nn.Parameter(loaded, requires_grad=own[name].requires_grad)
         setattr(model.get_submodule(path), attribute, loaded)
     for _, layer in tuner_of(model)[0].layers():
         layer.place_adapter(adapter_name, keep_dtype=True)
-
-
-def load_peft_weights(
-    model_id: str | os.PathLike[str], device: str | torch.device | None = None, **hub_arguments: Any
-) -> dict[str, Tensor]:
-    """The tensors of an adapter's file (safetensors, or an old .bin without code in it) on `device`, default the CPU.
-
-    `hub_arguments` (revision, token, subfolder, ...) go to hf_hub_download. Raises ValueError for a broken file.
-    """
-    place = str(device or "cpu")
-    path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, **hub_arguments)
-    try:
-        if path:
-            return load_file(path, device=place)
-        path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
-        if path:
-            return _dict_of_tensors(path, torch.load(path, map_location=place, weights_only=True))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
-    raise ValueError(f"Can't find {SAFETENSORS_WEIGHTS_NAME!r} or {WEIGHTS_NAME!r} at {str(model_id)!r}")
-
-
-def _dict_of_tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ValueError(f"{path} must hold a dict of tensors by name, got a {type(loaded).__name__}")
-    return loaded
-
-
-def ready_to_save(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory: what safetensors asks for."""
-    seen: set[int] = set()
-    ready: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        tensor = tensor.detach().contiguous()
-        ready[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
-        seen.add(ready[key].untyped_storage().data_ptr())
-    return ready
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -175,13 +170,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fits(value: Any, own: Tensor) -> bool:
-    if not isinstance(value, Tensor) or value.shape != own.shape:
+    if not is_plain(value) or value.shape != own.shape:
         return False
-    return value.is_floating_point() == own.is_floating_point()
+    return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
 
 
 def _described(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
+    return f"{tuple(value.shape)} {value.dtype}{kind}"
 
 
 def _some(names: list[str]) -> str:
@@ -212,27 +210,41 @@ def _embeddings_to_save(tuner: BaseTuner, adapter_name: str, choice: bool | str)
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
-    if adapted:
-        if choice == "auto":
-            warnings.warn("an embedding layer is adapted: its base weight is saved with the adapter", stacklevel=4)
-        return _embedding_keys(tuner, only_adapted=True)
-    if choice == "auto" and not _vocabulary_was_resized(tuner, adapter_name):
+    if choice == "auto" and not adapted and not _vocabulary_was_resized(tuner, adapter_name):
         return []
-    if choice == "auto":
+    if choice == "auto" and adapted:
+        warnings.warn("an embedding layer is adapted: its base weight is saved with the adapter", stacklevel=4)
+    elif choice == "auto":
         warnings.warn("the vocabulary was resized: the embeddings are saved with the adapter", stacklevel=4)
-    return _embedding_keys(tuner)
+    if not hasattr(tuner.model, "get_input_embeddings"):
+        warnings.warn(
+            f"save_embedding_layers={choice!r} saves none: {type(tuner.model).__name__} is no transformers model, and "
+            "does not say which of its layers are embeddings. Name them in modules_to_save",
+            stacklevel=4,
+        )
+    return _embedding_keys(tuner, only_adapted=adapted)
 
 
 def _vocabulary_was_resized(tuner: BaseTuner, adapter_name: str) -> bool:
     """Against the base model's own config file, where it is at hand: nothing is downloaded for this."""
-    name = tuner.peft_config[adapter_name].base_model_name_or_path
+    config = tuner.peft_config[adapter_name]
+    name = config.base_model_name_or_path
     now = getattr(getattr(tuner.model, "config", None), "vocab_size", None)
     if not name or now is None:
         return False
     path: Any = Path(name, "config.json")
-    if not path.is_file():
-        try:
-            path = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:  # a path that is gone, no Hub id
-            return False
-    return isinstance(path, (str, Path)) and json.loads(Path(path).read_text()).get("vocab_size", now) != now
+    try:
+        if not path.is_file():
+            path = try_to_load_from_cache(name, "config.json", revision=config.revision)
+        # A str or a Path, None where the cache does not know, or its mark that the Hub has no such file.
+        values = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, (str, Path)) else None
+    except (HFValidationError, ValueError, OSError):  # a path that is gone and no Hub id, or a file that is no JSON
+        values = None
+    if not isinstance(values, dict):
+        warnings.warn(
+            f"the base model {name!r} has no config.json that can be read here, so its vocabulary is taken to be "
+            "unchanged: pass save_embedding_layers=True if you enlarged it",
+            stacklevel=5,
+        )
+        return False
+    return values.get("vocab_size", now) != now

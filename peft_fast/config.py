@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from packaging.version import InvalidVersion, Version
+from transformers.utils import PushToHubMixin
 
 from .files import locate, write_together
 from .peft_types import PeftType, TaskType
@@ -24,7 +25,7 @@ PEFT_VERSION = "0.21.2"  # the version of peft whose files we read and write
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(PushToHubMixin):
     """What every adapter has. The methods' own configs (LoraConfig, ...) add their options.
 
     `revision` is the base model's. `inference_mode` freezes the adapter; it is true in every saved file.
@@ -41,7 +42,7 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    def __new__(cls, *args: Any, **options: Any):
+    def __new__(cls, /, *args: Any, **options: Any):
         # The dataclass's own TypeError would not say which options there are.
         unknown = options.keys() - cls.option_names()
         if unknown:
@@ -54,9 +55,11 @@ class PeftConfig:
             if self.task_type not in names:
                 raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
             self.task_type = TaskType(self.task_type)
-        for name in ("base_model_name_or_path", "revision"):
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            raise TypeError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}")
         self.peft_version = self.peft_version or PEFT_VERSION
 
     @classmethod
@@ -89,16 +92,27 @@ class PeftConfig:
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
         return json.dumps(values, indent=2, sort_keys=True)
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, auto_mapping_dict: dict[str, str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        auto_mapping_dict: dict[str, str] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
-        """Write adapter_config.json into `save_directory`, which is made if need be. Raises ValueError for a file."""
+        """Write adapter_config.json into `save_directory`, which is made if need be. Raises ValueError for a file.
+
+        `max_shard_size` comes from push_to_hub and has no effect.
+        """
         directory = Path(save_directory)
         if directory.is_file():
             raise ValueError(f"save_directory must be a directory, got the file {directory}")
         directory.mkdir(parents=True, exist_ok=True)
         text = self.to_json(**({"auto_mapping": auto_mapping_dict} if auto_mapping_dict else {}))
-        write_together({directory / CONFIG_NAME: lambda path: path.write_text(text)})
+        write_together({directory / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8")})
 
     @classmethod
     def from_pretrained(
@@ -122,15 +136,18 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """The keys and values of a config file. Raises ValueError where it holds no JSON object."""
         try:
-            values = json.loads(Path(path_json_file).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number without end, nested without end
             raise ValueError(f"{path_json_file} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path_json_file} must hold a JSON object, got a {type(values).__name__}")
+        if "runtime_config" in values:
+            warnings.warn(f"{path_json_file}: runtime_config is of a run and no part of a file: left out", stacklevel=2)
+            del values["runtime_config"]
         return values
 
     @classmethod
-    def from_peft_type(cls, **options: Any) -> "PeftConfig":
+    def from_peft_type(cls, /, **options: Any) -> "PeftConfig":
         """A config of the class that `peft_type` names, or of this class without one."""
         from .tuners import config_class  # the table has the subclasses of this class
 

@@ -5,13 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from .adapter_file import PREFIX
 from .config import PeftConfig, checked_config
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
 from .tuners.base import BaseTuner
 from .tuners.layer import AdapterHolder
-
-PREFIX = "base_model.model."  # where a PeftModel has the user's model: of every key in a file
 
 
 def inject_adapter_in_model(

@@ -6,31 +6,22 @@ class adds names, files and the face that the rest of the ecosystem knows. Attri
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
-from . import model_card
-from .checkpoint import (
-    SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    LoadResult,
-    apply_load,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    plan_load,
-    ready_to_save,
-)
+from .adapter_file import load_peft_weights
+from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
-from .files import locate, write_together
+from .files import locate, without_idle_arguments
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
+from .saving import write_adapter, write_card
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
@@ -117,9 +108,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
+        peft_config = checked_config(peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"the adapters of one model must be of one type: it has {self.peft_type}, got {peft_config.peft_type}"
+                "the adapters of one model must be of one type: it has "
+                f"{PeftType(self.peft_type).value}, got {peft_config.peft_type}"
             )
         self.base_model.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -199,18 +192,23 @@ class PeftModel(PushToHubMixin, nn.Module):
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, Tensor] | None = None,
         max_shard_size: int | str | None = None,
+        save_function: Any = None,
+        push_to_hub: bool = False,
     ) -> None:
         """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
 
         Writes adapter_model.safetensors (.bin without `safe_serialization`), adapter_config.json and README.md, all of
-        them or none: files that were there survive a failure. `state_dict`: tensors gathered from shards.
-        Processes other than the main one write nothing. `max_shard_size` comes from push_to_hub; adapters are one file.
+        them or none: files that were there survive a failure and a kill. `state_dict`: tensors gathered from shards.
+        Processes other than the main one write nothing. `max_shard_size` (push_to_hub passes it) and `save_function`
+        (examples with accelerate do) have no effect: adapters are one file, written in the way that cannot be torn.
         """
         directory = Path(save_directory)
         if directory.is_file():
             raise ValueError(f"save_directory must be a directory, got the file {directory}")
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError("path_initial_model_for_weight_conversion needs PiSSA or OLoRA, not built yet")
+        if push_to_hub:
+            raise ValueError("save_pretrained writes to a directory and uploads nothing: call push_to_hub(repo_id)")
         chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
         names = list(list_of_names("selected_adapters", chosen))
         unknown = [name for name in names if name not in self.peft_config]
@@ -219,45 +217,17 @@ class PeftModel(PushToHubMixin, nn.Module):
         for name in names:
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if is_main_process:
-                self._write_adapter(
-                    directory if name == "default" else directory / name, name, tensors, safe_serialization
-                )
-
-    def _write_adapter(self, directory: Path, name: str, tensors: dict[str, Tensor], safe: bool) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        config = self.peft_config[name]
-        tensors = ready_to_save(tensors)
-        text = config.to_json(inference_mode=True, **self._auto_mapping(config))
-        card = self._model_card(directory, config)
-
-        def write_tensors(path: Path) -> None:
-            save_file(tensors, path, metadata={"format": "pt"}) if safe else torch.save(tensors, path)
-
-        write_together(
-            {
-                directory / (SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME): write_tensors,
-                directory / CONFIG_NAME: lambda path: path.write_text(text),
-                directory / model_card.NAME: lambda path: path.write_text(card),
-            },
-            obsolete=[directory / (WEIGHTS_NAME if safe else SAFETENSORS_WEIGHTS_NAME)],  # loading would prefer one
-        )
-
-    def _auto_mapping(self, config: PeftConfig) -> dict[str, Any]:
-        """How to find the base model's class again, for models without a task type."""
-        if config.task_type is not None:
-            return {}
-        base = type(self.get_base_model())
-        return {"auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__}}
+                folder = directory if name == "default" else directory / name
+                write_adapter(folder, self.get_base_model(), self.peft_config[name], tensors, safe_serialization)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md, keeping the text of one that is there."""
-        directory = Path(output_dir)
-        card = self._model_card(directory, self.active_peft_config)
-        write_together({directory / model_card.NAME: lambda path: path.write_text(card)})
+        write_card(Path(output_dir), self.get_base_model(), self.active_peft_config)
 
-    def _model_card(self, directory: Path, config: PeftConfig) -> str:
-        quantized = getattr(getattr(self, "config", None), "quantization_config", None)
-        return model_card.model_card(directory, config, quantized)
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """push_to_hub has just put the card that is on the Hub, or an empty one, over ours: bring it up to date."""
+        self.create_or_update_model_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -270,37 +240,37 @@ class PeftModel(PushToHubMixin, nn.Module):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         torch_device: str | torch.device | None = None,
+        ignore_mismatched_sizes: bool = False,
         **hub_arguments: Any,
     ) -> "PeftModel":
         """`model` with a trained adapter, of the class that the config's task type asks for.
 
         `model_id`: a directory or a Hub id. `config`: used in place of the file's. `torch_device`: where the file is
         read to; the weights end up where the base weights are. `hub_arguments`: revision, token, subfolder, ...
+        `key_mapping`: see load_peft_weights; by default what the model says its older checkpoints need.
         The adapter is frozen, and the model in eval mode, unless `is_trainable`.
         Raises ValueError for files that are damaged or another model's; `model` is then unchanged.
         """
         from .mapping import model_class  # the table has the subclasses of this class
 
+        _refuse_offload(ephemeral_gpu_offload)
+        hub_arguments = without_idle_arguments(hub_arguments)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
         elif not isinstance(config, PeftConfig):
-            raise TypeError(f"config must be a PeftConfig, got {type(config).__name__}")
+            raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}")
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
+        tuner_class(config.peft_type).check_file(config, tensors)
         config.inference_mode = not is_trainable
         with unchanged_on_error(model):
             wrapper = model_class(config.task_type, default=cls)(
                 model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
             )
-            result = wrapper._load_adapter(
-                model_id,
-                adapter_name,
-                is_trainable,
-                torch_device,
-                autocast_adapter_dtype,
-                ephemeral_gpu_offload,
-                low_cpu_mem_usage,
-                **hub_arguments,
-            )
+            result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
             warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
         return wrapper
@@ -314,59 +284,51 @@ class PeftModel(PushToHubMixin, nn.Module):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         **hub_arguments: Any,
     ) -> LoadResult:
         """Load a trained adapter: a new one, not active yet, or the weights of one that is there already.
 
+        The arguments are from_pretrained's, but that `key_mapping` has no default here, as in peft.
+        `ignore_mismatched_sizes`: leave tensors that do not fit as they are, with a warning.
         Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
         place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
         """
-        if adapter_name in self.peft_config and locate(model_id, CONFIG_NAME, **hub_arguments):
-            self.peft_config[adapter_name].check_weights_of(PeftConfig.from_pretrained(model_id, **hub_arguments))
-        return self._load_adapter(
-            model_id,
-            adapter_name,
-            is_trainable,
-            torch_device,
-            autocast_adapter_dtype,
-            ephemeral_gpu_offload,
-            low_cpu_mem_usage,
-            ignore_mismatched_sizes,
-            **hub_arguments,
-        )
-
-    def _load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool,
-        torch_device: str | torch.device | None,
-        autocast_adapter_dtype: bool,
-        ephemeral_gpu_offload: bool,
-        low_cpu_mem_usage: bool,
-        ignore_mismatched_sizes: bool = False,
-        **hub_arguments: Any,
-    ) -> LoadResult:
-        """`load_adapter` without a look at the config of an adapter that is there: it came from the caller."""
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
+        _refuse_offload(ephemeral_gpu_offload)
+        hub_arguments = without_idle_arguments(hub_arguments)
         new = adapter_name not in self.peft_config
-        config = PeftConfig.from_pretrained(model_id, **hub_arguments) if new else None
-        tensors = load_peft_weights(model_id, torch_device, **hub_arguments)
+        if new or locate(model_id, CONFIG_NAME, **hub_arguments):
+            config = PeftConfig.from_pretrained(model_id, **hub_arguments)
+        else:
+            config = self.peft_config[adapter_name]
+        if not new:
+            self.peft_config[adapter_name].check_weights_of(config)
+        tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
+        tuner_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):
-            if config is not None:
+            if new:
                 config.inference_mode = not is_trainable
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 self.set_requires_grad(adapter_name, is_trainable)
-            plan = plan_load(self, tensors, adapter_name, ignore_mismatched_sizes)
-            if plan.result.unexpected_keys:
-                raise ValueError(
-                    f"the adapter at {str(model_id)!r} has weights for layers that this model or its config does not "
-                    f"adapt: {plan.result.unexpected_keys[:3]} and others, {len(plan.result.unexpected_keys)} in all. "
-                    "Was it trained on another base model?"
-                )
-            apply_load(self, plan, adapter_name)
+            return self._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
+
+    def _load_tensors(
+        self,
+        model_id: str | os.PathLike[str],
+        tensors: dict[str, Tensor],
+        adapter_name: str,
+        is_trainable: bool,
+        ignore_mismatched_sizes: bool,
+    ) -> LoadResult:
+        plan = plan_load(self, tensors, adapter_name, ignore_mismatched_sizes)
+        if plan.result.unexpected_keys:
+            raise ValueError(
+                f"the adapter at {str(model_id)!r} has weights for layers that this model or its config does not "
+                f"adapt: {plan.result.unexpected_keys[:3]} and others, {len(plan.result.unexpected_keys)} in all. "
+                "Was it trained on another base model?"
+            )
+        apply_load(self, plan, adapter_name)
         if not is_trainable:
             self.eval()
         return plan.result
@@ -378,6 +340,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
                 raise
             return getattr(self.base_model, name)
+
+
+def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload:
+        raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
 
 
 def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:

@@ -24,10 +24,12 @@ from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, all_linear, find_targets, targets_in
+from .matching import ALL_LINEAR, adaptable_paths, all_linear, find_targets, targets_in
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
 from .names import check_adapter_name, list_of_names
+from .slow_patterns import check_patterns_end
+from .tied import warn_of_adapting, warn_of_merging
 
 
 class BaseTuner(nn.Module):
@@ -68,6 +70,11 @@ class BaseTuner(nn.Module):
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
         raise NotImplementedError
 
+    @classmethod
+    def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
+        """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
+        memory is taken for them. Methods with a size in their config say what it may be."""
+
     def inject_adapter(
         self,
         adapter_name: str,
@@ -85,6 +92,7 @@ class BaseTuner(nn.Module):
         """
         check_adapter_name(adapter_name, self.peft_config)
         config.check()
+        check_patterns_end(config, adaptable_paths(self.model))
         self._check_biases(config)
         resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
         saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
@@ -117,6 +125,7 @@ class BaseTuner(nn.Module):
                 self._freeze_base(config)
             for parameter, requires_grad in kept:
                 parameter.requires_grad_(requires_grad)
+        warn_of_adapting(self.model, [*paths, *saved])
         config.target_modules = resolved
         self.peft_config[adapter_name] = config
         self.active_adapters = active
@@ -277,7 +286,7 @@ class BaseTuner(nn.Module):
 
     def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
         self._check_known(list_of_names("adapter_names", adapter_names or []))
-        self._warn_of_tied_weights()
+        warn_of_merging(self.model)
         plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
         for path, layer, names in plans:
             if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
@@ -286,6 +295,12 @@ class BaseTuner(nn.Module):
             layer.add_to_base(names, undoable)
 
     def unmerge_adapter(self) -> None:
+        """Take what is merged out of the base weights again. Warns where nothing is."""
+        if not any(layer.merged for _, layer in self.layers()):
+            warnings.warn("no adapter is merged: there is nothing to unmerge", stacklevel=2)
+        self._unmerge()
+
+    def _unmerge(self) -> None:
         for _, layer in self.layers():
             if layer.merged:
                 layer.unmerge()
@@ -328,7 +343,7 @@ class BaseTuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model as it was before, without any of our layers; merged adapters are unmerged first."""
-        self.unmerge_adapter()
+        self._unmerge()
         return self._unload([])
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
@@ -339,16 +354,6 @@ class BaseTuner(nn.Module):
                 self._replace(path, holder.module_of(with_copies_of))
         self._allow_repacking()
         return self.model
-
-    def _warn_of_tied_weights(self) -> None:
-        if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
-            return
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, BaseTunerLayer):
-            warnings.warn(
-                "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
-                stacklevel=3,
-            )
 
     def _keep_unpacked(self) -> None:
         """Keep bitsandbytes' 4-bit layers, adapted or not, from repacking their weights in eval mode on a CPU: after

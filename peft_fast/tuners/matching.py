@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
     for option in ("rank_pattern", "alpha_pattern"):
         keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
         if keys:
-            warnings.warn(f"{option} keys {_shown(keys)} match no target", stacklevel=2)
+            warnings.warn(f"{option} keys {_shown(keys)} match no target", RuntimeWarning, stacklevel=2)
     return found
 
 

@@ -3,10 +3,12 @@ import json
 
 import peft
 import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 import peft_fast
 from peft_fast import LoraConfig, PeftConfig, PeftType, TaskType, get_peft_config
 from peft_fast.tuners.lora.config import NOT_BUILT
+from peft_fast.tuners.targets import LORA_TARGETS
 
 FILE = "adapter_config.json"
 USED = {
@@ -42,6 +44,13 @@ def test_the_options_and_their_defaults_are_pefts():
         if name != "runtime_config":
             assert getattr(ours, name) == getattr(theirs, name), name
     assert dataclasses.asdict(ours.runtime_config) == dataclasses.asdict(theirs.runtime_config)
+
+
+def test_the_targets_by_architecture_are_pefts():
+    def sets(table):
+        return {kind: names if isinstance(names, str) else set(names) for kind, names in table.items()}
+
+    assert sets(LORA_TARGETS) == sets(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
 
 def test_the_type_names_are_pefts():
@@ -171,6 +180,18 @@ def test_bad_values_are_refused_with_the_rule_and_the_value(options, message):
         {"alpha_pattern": ["q"]},
         {"use_rslora": "no"},
         {"base_model_name_or_path": 3},
+        {"target_modules": [["q_proj"]]},
+        {"exclude_modules": [{}]},
+        {"modules_to_save": [""]},
+        {"layers_to_transform": "1"},
+        {"layers_to_transform": [True]},
+        {"layers_to_transform": [[1]]},
+        {"layers_pattern": 3},
+        {"layers_pattern": [3]},
+        {"rank_pattern": [1]},
+        {"inference_mode": 1},
+        {"auto_mapping": "LlamaForCausalLM"},
+        {"peft_version": 0.21},
     ],
 )
 def test_bad_types_are_refused(options):
@@ -212,6 +233,14 @@ def test_broken_files(tmp_path, text, error, message):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(error, match=message):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_runtime_config_in_a_file_is_left_out_with_a_warning(tmp_path):
+    write(tmp_path, peft_type="LORA", r=3, runtime_config={"ephemeral_gpu_offload": True})
+    for library in (peft_fast, peft):
+        with pytest.warns(UserWarning, match="runtime_config"):
+            config = library.PeftConfig.from_pretrained(tmp_path)
+        assert (config.r, config.runtime_config.ephemeral_gpu_offload) == (3, False)
 
 
 def test_no_file(tmp_path):

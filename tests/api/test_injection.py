@@ -259,7 +259,7 @@ def test_layers_that_are_named_but_absent_are_warned_of(llama):
         adapted(llama(), target_modules=["q_prj", "v_proj"])
     with pytest.warns(UserWarning, match=r"exclude_modules \['nothing'\] match nothing"):
         adapted(llama(), exclude_modules=["nothing"])
-    with pytest.warns(UserWarning, match=r"rank_pattern keys \['k_proj'\] match no target"):
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys \['k_proj'\] match no target"):
         adapted(llama(), rank_pattern={"k_proj": 3})
 
 

@@ -106,9 +106,9 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
-        if isinstance(self.target_modules, (list, tuple)):
+        if isinstance(self.target_modules, (list, tuple)) and _are_strings(self.target_modules):
             self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
+        if isinstance(self.exclude_modules, (list, tuple)) and _are_strings(self.exclude_modules):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -166,7 +166,12 @@ def _check_types(config: LoraConfig) -> None:
         fits = value is None or isinstance(value, str) or _are_strings(value)
         rules.append((name, "a list of module names or one regular expression", fits))
     saved = config.modules_to_save
-    rules.append(("modules_to_save", "a list of module names", saved is None or _are_strings(saved)))
+    rules.append(("modules_to_save", "a list of module names", saved is None or (_are_strings(saved) and all(saved))))
+    layers, lists = config.layers_to_transform, config.layers_pattern
+    rules.append(("layers_to_transform", "an index or a list of indices", layers is None or _are_indices(layers)))
+    rules.append(
+        ("layers_pattern", "a name or a list of names", lists is None or _are_strings([lists]) or _are_strings(lists))
+    )
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
     for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
@@ -203,8 +208,13 @@ def _check_patterns(config: LoraConfig) -> None:
         for text in texts:
             try:
                 re.compile(text)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{name} must be a regular expression, got {text!r}: {error}") from error
+
+
+def _are_indices(values: Any) -> bool:
+    indices = values if isinstance(values, (list, tuple, set)) else [values]
+    return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
 
 
 def _are_strings(values: Any) -> bool:

@@ -1,5 +1,6 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,16 @@ class LoraModel(BaseTuner):
         without_fan_in_fan_out(config)
         return Linear(target, adapter_name, config=config, r=r, lora_alpha=alpha)
 
+    @classmethod
+    def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
+        rank = max(config.r, *config.rank_pattern.values(), 0)
+        largest = max((max(t.shape) for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim()), default=0)
+        if largest and rank > largest:
+            raise ValueError(
+                f"the config says rank {rank}, and the file's tensors do not fit that: none has a dimension above "
+                f"{largest}. Are adapter_config.json and the weights of one adapter?"
+            )
+
     def inject_adapter(
         self,
         adapter_name: str,
@@ -50,7 +61,21 @@ class LoraModel(BaseTuner):
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self._warn_of_missing_biases(adapter_name, config)
         fuse_mlps(self.model)
+
+    def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
+        if not config.lora_bias:
+            return
+        without = [
+            path for path, layer in self.layers() if adapter_name in layer.available_adapters() and layer.bias is None
+        ]
+        if without:
+            warnings.warn(
+                f"lora_bias=True, and the base layer of {len(without)} targets, such as {without[0]}, has no bias: the "
+                "adapter cannot be merged",
+                stacklevel=4,
+            )
 
     def merge_to_16bit(
         self,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import peft_fast
-from bench.counts import as_on_a_gpu, count, forward_and_backward, qlora_layer
+from bench.counts import as_on_a_gpu, count, forward_and_backward, layer_counts, qlora_layer
 from peft_fast import ops
 from peft_fast.dispatch import use_route
 from peft_fast.ops import Call, choose
@@ -67,3 +67,13 @@ def test_launches_of_one_qlora_linear(route, p, most):
         ours = count(forward_and_backward(qlora_layer(peft_fast, 1024, p), x, dy), triton=True)
     assert sum(ours.values()) <= most, ours
     assert sum(theirs.values()) >= 17, theirs
+
+
+@pytest.mark.parametrize(("bits", "p", "most"), [(4, 0.0, 69), (4, 0.05, 76), (16, 0.0, 55), (16, 0.05, 62)])
+def test_launches_of_a_llama_layer(bits, p, most):
+    """Gate and up share the launches of their adapters: lora_down, lora_up_add and both backwards run six times for
+    seven projections."""
+    theirs, ours = layer_counts(512, bits, p)
+    assert sum(ours.values()) <= most, ours
+    assert ours["triton.lora_down_fwd_kernel"] == ours["triton.lora_up_add_fwd_kernel"] == 6
+    assert sum(theirs.values()) >= 1.6 * sum(ours.values()), theirs

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, dropout, tiles
-from .reduce import sum_partials
+from .reduce import sum_partials, sum_partials_of
 from .tiles import dropout_mask, in_one_launch, input_precision, rows, strides, thrice, warps
 
 PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
@@ -239,8 +239,8 @@ def lora_down_group_backward(
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
     splits = triton.cdiv(M, rows_per_split)
-    dtype = A[0].dtype if all(a.dtype == A[0].dtype for a in A) else torch.float32
-    partial = torch.empty((splits, sum(ranks), K), dtype=dtype if splits == 1 else torch.float32, device=x.device)
+    whole = splits == 1 and len(A) == 1  # nothing to add, and nothing beside it
+    partial = torch.empty((splits, sum(ranks), K), dtype=A[0].dtype if whole else torch.float32, device=x.device)
     keys, thresholds, corrections = _dropout(p, key)
     rank_tiles = triton.cdiv(max(ranks), config["BLOCK_R"])
     together = rank_tiles == 1
@@ -256,8 +256,7 @@ def lora_down_group_backward(
             )  # fmt: skip
     if not needs_dA:
         return [None] * len(A)
-    dA = partial[0] if splits == 1 else sum_partials(partial, dtype)
-    return [part.to(a.dtype) for part, a in zip(dA.split(ranks), A)]
+    return [partial[0]] if whole else list(sum_partials_of(partial, A))
 
 
 def _dropout(p: Sequence[float], key: Sequence[Tensor | None]) -> tuple[list, list[int], list[float]]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, tiles
-from .reduce import sum_partials
+from .reduce import sum_partials, sum_partials_of
 from .tiles import in_one_launch, input_precision, rows, strides, thrice, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
@@ -173,8 +173,8 @@ def lora_up_group_backward(
     M, ranks, widths = s.shape[0], [b.shape[1] for b in B], [b.shape[0] for b in B]
     numel = sum(b.numel() for b in B)
     ds = dy[0].new_empty(M, sum(ranks)) if needs_ds else None
-    dtype = B[0].dtype if all(b.dtype == B[0].dtype for b in B) else torch.float32
-    dB: Tensor | None = None
+    before: Tensor | None = None
+    dB: list[Tensor | None] = [b.new_zeros(b.shape) if needs_dB else None for b in B] if M == 0 else [None] * len(B)
     config = configs.lora_up_backward(max(ranks), s.element_size())
     for start in range(0, M, SLAB):
         slab = slice(start, min(start + SLAB, M))
@@ -188,14 +188,11 @@ def lora_up_group_backward(
             COUNT=len(B), NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(),
             num_warps=warps(*dy), enable_fp_fusion=True, **config,
         )  # fmt: skip
-        if needs_dB:
-            last = slab.stop == M
-            dB = sum_partials(partial, dtype if last else torch.float32, start=dB)
-    if not needs_dB:
-        return ds, [None] * len(B)
-    if dB is None:
-        return ds, [b.new_zeros(b.shape) for b in B]
-    return ds, [part.view(b.shape).to(b.dtype) for part, b in zip(dB.split([b.numel() for b in B]), B)]
+        if needs_dB and slab.stop == M:
+            dB[:] = sum_partials_of(partial, B, start=before)
+        elif needs_dB:
+            before = sum_partials(partial, torch.float32, start=before)
+    return ds, dB
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:

@@ -197,7 +197,9 @@ def lora_down_group_backward(
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     dA = lora_down_backward(ds, x, _stacked(A, ds.dtype), 0.0, None, dx, needs_dA)
-    return [None] * len(A) if dA is None else [part.to(a.dtype) for part, a in zip(dA.split(ranks), A)]
+    if dA is None or len(A) == 1:
+        return [dA] * len(A)
+    return [part.to(a.dtype, copy=True) for part, a in zip(dA.split(ranks), A)]  # an op's outputs share no memory
 
 
 def lora_up_add_group_(

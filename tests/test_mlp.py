@@ -183,7 +183,8 @@ def test_compiles_whole_with_two_graphs_as_m_varies(base, recompute):
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_opcheck(base):
-    opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, base, 0.1), "torch")
+    for ranks, p in (((4, 0, 4), 0.1), ((4, 4, 4), 0.0)):
+        opcheck_all(make_case(8, 32, 48, ranks, FP32, FP32, base, p), "torch")
 
 
 KINDS = list(itertools.product((False, True), repeat=2))
@@ -204,17 +205,10 @@ def opcheck_all(case: MlpCase, backend: str, kinds: list[tuple[bool, bool]] = KI
         torch.library.opcheck(
             lib.lora_mlp.default, (case.x, *given, case.x.dtype, training, recompute, True, backend, "auto")
         )
-    needs = [True] * 4 + [False, False, True] + [True] * 3
+    needs = [True] * 4 + [of_up > 0] * 2 + [True] * 4
     for recompute, kept in [(False, (g, u, s)), (True, (none, none, [none] * 2))]:
         args = (case.d_y, case.x, *kept, *given, needs, recompute, True, backend, "auto")
         torch.library.opcheck(lib.lora_mlp_backward.default, args)
-
-
-def test_gradients_begin_where_inductor_assumes_it():
-    """Those of gate and up lie in one buffer; compiled code asserts that an op's outputs begin at 16 bytes."""
-    case = make_case(8, 33, 47, (3, 5, 4), FP32, FP32, "dense", 0.0)
-    for name, grad in case.run().items():
-        assert grad.data_ptr() % 16 == 0, name
 
 
 def test_bad_calls_are_refused_with_the_rule_and_what_was_got():

@@ -3,6 +3,7 @@ plain torch. Layers call these and never ask about devices.
 
     function        its autograd     what it runs
     lora_linear     linear.py        one of the routes of routes.py, picked by table.py
+    lora_group      group.py         the same for layers that share x: their adapters read it once
     lora_mlp        mlp.py           three of these and kernels/glu.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
@@ -12,6 +13,7 @@ plain torch. Layers call these and never ask about devices.
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
 
+from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import lora_mlp
@@ -26,6 +28,7 @@ __all__ = [
     "choose_product",
     "dequantize",
     "lora_down",
+    "lora_group",
     "lora_linear",
     "lora_mlp",
     "lora_up_add",

@@ -86,12 +86,6 @@ def autocasting(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta knows no autocast: torch raises
 
 
-def at_16_bytes(output: Tensor) -> Tensor:
-    """The output of an op, copied where it is part of a buffer and begins at an odd address: code that Inductor
-    compiles asserts that it does not."""
-    return output if output.data_ptr() % 16 == 0 else output.clone()
-
-
 def flatten(weight: Tensor | QuantizedWeight) -> tuple[list[Tensor], str]:
     """A weight as an op takes it: its tensors, and its format as text, empty for a dense one."""
     return ([weight], "") if isinstance(weight, Tensor) else (weight.tensors(), str(weight.format))

@@ -9,7 +9,6 @@ of gate and up is one buffer. Each layer takes the route that it would take alon
 g and u stay in the dtype of the products, h is computed from them in fp32 and rounded once.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from torch.autograd.function import once_differentiable
 from peft_fast.dispatch import Backend, Op, Route
 
 from . import routes
-from .checks import check_bias, check_device, check_dropout, check_floating
+from .checks import check_floating
 from .library import (
-    at_16_bytes,
     autocasting,
     define,
     implementation,
@@ -30,7 +28,20 @@ from .library import (
     resolve_route,
     weight_shape,
 )
-from .projection import GRADIENTS, LEADING, Layer, Projection, backward_together, forward_together, layers, rank
+from .projection import (
+    GRADIENTS,
+    LEADING,
+    Layer,
+    Projection,
+    backward_together,
+    check,
+    forward_together,
+    layers,
+    rank,
+    restored,
+    split,
+    without_repetitions,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -138,7 +149,7 @@ def _backward(
         both = gate_layer, up_layer
         dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, both, needs[0], (needs[1:4], needs[4:7]))
     grads = [None if dx is None else dx.to(x.dtype), *of_gate, *of_up, *of_down]
-    return [x.new_empty(0) if grad is None else at_16_bytes(grad) for grad in grads]
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _through_down(
@@ -175,7 +186,7 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> Tensor:
         training, recompute, counts = settings[5], settings[6], settings[-1]
-        gate, up, down = _restored(_split(tensors, counts))
+        gate, up, down = restored(split(tensors, counts))
         y, *kept = _forward(x, gate, up, down, *settings[:-1])
         ctx.save_for_backward(x, *(kept if training and not recompute else [None] * len(kept)), *tensors)
         ctx.settings = settings
@@ -188,8 +199,8 @@ class _LoraMLP(torch.autograd.Function):
         x, g, u, s, s_down, *tensors = ctx.saved_tensors
         if recompute:
             g = u = s = s_down = x.new_empty(0)
-        projections = _restored(_split(tensors, counts))
-        needs_input = _split(ctx.needs_input_grad[2:], counts)
+        projections = restored(split(tensors, counts))
+        needs_input = split(ctx.needs_input_grad[2:], counts)
         needs = [ctx.needs_input_grad[0], *(need for needed in needs_input for need in needed[:GRADIENTS])]
         grads: list[Tensor | None] = [None] * len(needs)
         if any(needs):
@@ -203,29 +214,6 @@ class _LoraMLP(torch.autograd.Function):
             first = 1 + i * GRADIENTS
             of_tensors += [*grads[first : first + GRADIENTS], *[None] * (count - GRADIENTS)]
         return grads[0], None, *of_tensors
-
-
-def _split(items: Sequence, counts: Sequence[int]) -> list[list]:
-    """items, cut into lists of these lengths"""
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [list(items[end - count : end]) for end, count in zip(ends, counts)]
-
-
-def _without_repetitions(parts: list[list[Tensor | None]]) -> list[Tensor | None]:
-    """All tensors, with None for those of a k-bit weight that the projection before it has too, as codebooks are:
-    torch.compile takes a tensor only once."""
-    before: list[list[Tensor | None]] = [[], *parts[:-1]]
-    return [
-        None if LEADING <= i < len(earlier) and tensor is earlier[i] else tensor
-        for part, earlier in zip(parts, before)
-        for i, tensor in enumerate(part)
-    ]
-
-
-def _restored(parts: list[list]) -> list[list]:
-    for part, earlier in zip(parts[1:], parts):
-        part[LEADING:] = [earlier[i] if part[i] is None else part[i] for i in range(LEADING, len(part))]
-    return parts
 
 
 def lora_mlp(
@@ -256,7 +244,7 @@ def lora_mlp(
     check_floating(x=x)
     _check_shapes(x, projections)
     for name, projection in projections.items():
-        _check(x, name, projection)
+        check(x, name, projection, "lora_mlp")
     autocast_dtype = product_dtype(x)
     if dtype is None and not autocasting(x.device.type):
         for name, projection in projections.items():
@@ -266,7 +254,7 @@ def lora_mlp(
                     "dtype, or use torch.autocast"
                 )
     packed = [projection.tensors() for projection in projections.values()]
-    tensors = _without_repetitions([part for part, _ in packed])
+    tensors = without_repetitions([part for part, _ in packed])
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     settings = (
         [fmt for _, fmt in packed],
@@ -291,21 +279,3 @@ def _check_shapes(x: Tensor, projections: dict[str, Projection]) -> None:
         raise ValueError(f"gate and up must be [F, K] and down [N, F], got {(F, K)}, {up} and {down}")
     if x.shape[-1] != K:
         raise ValueError(f"x must have K={K} features for gate and up of shape {(F, K)}, got {tuple(x.shape)}")
-
-
-def _check(x: Tensor, name: str, projection: Projection) -> None:
-    (N, K), A, B, weight = projection.weight.shape, projection.A, projection.B, projection.weight
-    check_floating(**{f"{name}.A": A, f"{name}.B": B})
-    if (A is None) != (B is None):
-        raise ValueError(f"{name} has one of A and B: give both, or neither for a projection without an adapter")
-    if A is not None and B is not None and (A.shape != (A.shape[0], K) or B.shape != (N, A.shape[0])):
-        raise ValueError(f"{name}: A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
-    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"the weight of {name} requires a gradient, which lora_mlp does not compute: freeze it, or use lora_linear"
-        )
-    check_bias(projection.bias, N)
-    check_dropout(projection.dropout_p, projection.dropout_key)
-    data = weight if isinstance(weight, Tensor) else weight.data
-    key = projection.dropout_key
-    check_device(x, **{f"{name}.{n}": t for n, t in dict(weight=data, A=A, B=B, bias=projection.bias, key=key).items()})

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
+from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import flatten, unflatten
 
 
@@ -126,3 +128,45 @@ def layers(
 def rank(projection: list[Tensor | None]) -> int:
     A = projection[0]
     return 0 if A is None else A.shape[0]
+
+
+def split(items: Sequence, counts: Sequence[int]) -> list[list]:
+    """items, cut into lists of these lengths"""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [list(items[end - count : end]) for end, count in zip(ends, counts)]
+
+
+def without_repetitions(parts: list[list[Tensor | None]]) -> list[Tensor | None]:
+    """All tensors, with None for those of a k-bit weight that the projection before it has too, as codebooks are:
+    torch.compile takes a tensor only once."""
+    before: list[list[Tensor | None]] = [[], *parts[:-1]]
+    return [
+        None if LEADING <= i < len(earlier) and tensor is earlier[i] else tensor
+        for part, earlier in zip(parts, before)
+        for i, tensor in enumerate(part)
+    ]
+
+
+def restored(parts: list[list]) -> list[list]:
+    for part, earlier in zip(parts[1:], parts):
+        part[LEADING:] = [earlier[i] if part[i] is None else part[i] for i in range(LEADING, len(part))]
+    return parts
+
+
+def check(x: Tensor, name: str, projection: Projection, op: str) -> None:
+    """ValueError and TypeError for what an op cannot take of a layer, whatever the op; `name`: the layer's."""
+    (N, K), A, B, weight = projection.weight.shape, projection.A, projection.B, projection.weight
+    check_floating(**{f"{name}.A": A, f"{name}.B": B})
+    if (A is None) != (B is None):
+        raise ValueError(f"{name} has one of A and B: give both, or neither for a projection without an adapter")
+    if A is not None and B is not None and (A.shape != (A.shape[0], K) or B.shape != (N, A.shape[0])):
+        raise ValueError(f"{name}: A must be [R, {K}] and B [{N}, R], got {tuple(A.shape)} and {tuple(B.shape)}")
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"the weight of {name} requires a gradient, which {op} does not compute: freeze it, or use lora_linear"
+        )
+    check_bias(projection.bias, N)
+    check_dropout(projection.dropout_p, projection.dropout_key)
+    data = weight if isinstance(weight, Tensor) else weight.data
+    key = projection.dropout_key
+    check_device(x, **{f"{name}.{n}": t for n, t in dict(weight=data, A=A, B=B, bias=projection.bias, key=key).items()})

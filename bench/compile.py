@@ -8,7 +8,7 @@ command with it, when the kernel spills, does not fit the shared memory, uses fp
 it multiplies 16-bit matrices, does not copy the operands of such a loop asynchronously, contracts a product and a sum
 where the format rounds both, or dequantises with more than SASS_BUDGET instructions per weight.
 
-`--diff` compares with the rows in the CSV of the same version instead of writing them.
+`--diff` compares with the rows in the CSV of the same version instead of writing them; `--only` replaces no others.
 """
 
 import argparse
@@ -186,14 +186,18 @@ def difference(rows: list[Row]) -> list[str] | None:
     return lines
 
 
-def write(rows: list[Row]) -> None:
-    """Into the CSV, in place of this Triton version's rows; those of other versions stay."""
-    others = [row for row in _stored() if row["triton"] != triton.__version__] if CSV.exists() else []
+def write(rows: list[Row], only: str = "") -> None:
+    """Into the CSV, in place of this Triton version's rows, of those that `only` selects; all others stay."""
+    others = [row for row in _stored() if not _replaced(row, only)] if CSV.exists() else []
     with CSV.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*others, *map(_as_text, rows)])
     print(f"wrote {CSV}")
+
+
+def _replaced(row: dict[str, str], only: str) -> bool:
+    return row["triton"] == triton.__version__ and only in f"{row['kernel']} {row['variant']}"
 
 
 def main() -> int:
@@ -205,12 +209,12 @@ def main() -> int:
     options = parser.parse_args()
     rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
     status = report(rows)
-    complete = not options.only and not options.quick and options.targets == parser.get_default("targets")
+    complete = not options.quick and options.targets == parser.get_default("targets")
     if options.diff:
         changes = difference(rows)
         print("\n".join(changes or ["nothing changed"] if changes is not None else ["no rows of this version"]))
     elif complete:
-        write(rows)
+        write(rows, options.only)
     return status
 
 

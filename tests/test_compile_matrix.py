@@ -71,6 +71,11 @@ def test_rows_of_other_versions_stay_and_changes_are_reported(tmp_path, monkeypa
     matrix.write([matrix.Row(**{**matrix.asdict(row), "triton": "3.8.0"})])
     monkeypatch.setattr(matrix.triton, "__version__", "3.7.1")
     assert matrix.difference([row]) == []
+    other = matrix.Row(**{**matrix.asdict(row), "kernel": "other", "variant": "fp16"})
+    matrix.write([other], only="other")
+    assert matrix.difference([row, other]) == []
+    matrix.write([worse], only="k bf16")
+    assert matrix.difference([worse, other]) == []
 
 
 def overflows(launch: Launch) -> list[str]:

@@ -8,10 +8,12 @@ plain torch. Layers call these and never ask about devices.
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
+    lora_embedding, lora_embedding_add   embedding.py   kernels/reference_embedding.py
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
 
+from .embedding import choose_embedding, lora_embedding, lora_embedding_add
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import lora_mlp
@@ -23,9 +25,12 @@ __all__ = [
     "Call",
     "Projection",
     "choose",
+    "choose_embedding",
     "choose_product",
     "dequantize",
     "lora_down",
+    "lora_embedding",
+    "lora_embedding_add",
     "lora_linear",
     "lora_mlp",
     "lora_up_add",

@@ -332,7 +332,8 @@ class BaseTuner(nn.Module):
         return self._unload([])
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
-        for path, holder in list(self.model.named_modules(remove_duplicate=False)):
+        # From the inside out: the path of what lies in a layer is gone with the layer.
+        for path, holder in reversed(list(self.model.named_modules(remove_duplicate=False))):
             if isinstance(holder, BaseTunerLayer):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):
@@ -343,8 +344,8 @@ class BaseTuner(nn.Module):
     def _warn_of_tied_weights(self) -> None:
         if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             return
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, BaseTunerLayer):
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())  # type: ignore[operator]
+        if any(isinstance(layer, BaseTunerLayer) for layer in ends):
             warnings.warn(
                 "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
                 stacklevel=3,

@@ -149,6 +149,8 @@ def targets_in(tuner: Any, state_dict: Mapping[str, Any], config: Any) -> set[st
     named = {key.rpartition(mark)[0].removeprefix("_orig_mod.") for key in state_dict if mark in key}
     named = {path.removeprefix("base_model.model.") for path in named}
     paths = adaptable_paths(tuner.model)
+    # An adapted layer may hold another: the attention, say, that "attention.base_layer.out_proj" lies in.
+    named = {path if path in paths else path.partition(".base_layer.")[0] for path in named}
     found = {path for path in named if path in paths}
     if not found:
         raise ValueError(

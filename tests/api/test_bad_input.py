@@ -39,7 +39,7 @@ def gpt2():
         ({"target_modules": "q_proj"}, ValueError, "'q_proj' not found in the base model: did you mean q_proj"),
         ({"target_modules": []}, ValueError, r"target_modules \[\] not found"),
         ({"target_modules": ["self_attn"]}, ValueError, "cannot adapt model.layers.0.self_attn, a LlamaAttention"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ValueError, "embed_tokens, a Embedding"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, ValueError, "input_layernorm, a LlamaRMSNorm"),
         ({"exclude_modules": ["q_proj", "v_proj"]}, ValueError, "exclude_modules=.* takes all of them away"),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [7]},
@@ -73,8 +73,8 @@ def test_models_without_a_default_target(untouched):
 
 def test_layers_of_other_kinds(untouched):
     base = gpt2()
-    with untouched(base), pytest.raises(ValueError, match="a Conv1D: it adapts "):
-        get_peft_model(base, LoraConfig())
+    with untouched(base), pytest.raises(ValueError, match="a LayerNorm: it adapts "):
+        get_peft_model(base, LoraConfig(target_modules=["c_attn", "ln_1"]))
 
 
 def test_a_rank_that_was_set_to_nothing_afterwards(llama, untouched):

@@ -1,7 +1,10 @@
-"""LoRA around a linear layer: y = x W^T + bias + sum over active adapters of scale * (dropout(x) A^T) B^T.
+"""What every LoRA layer has, and LoRA around a linear layer:
+
+    y = x W^T + bias + sum over active adapters of scale * (dropout(x) A^T) B^T
 
 One call of ops.lora_linear does the base layer and the first adapter; further adapters are added onto its result.
-A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by adapter name.
+A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by adapter name. The other kinds of layers are
+in embedding.py, conv.py and attention.py.
 """
 
 import math
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import matmul_weight
+from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
 from .config import LoraConfig
@@ -23,19 +26,62 @@ from .config import LoraConfig
 class LoraLayer(BaseTunerLayer):
     """The adapters' weights and numbers, whatever kind of layer they are around."""
 
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
+        """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_dora[adapter_name] = config.use_dora
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.initial_scale(adapter_name)
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.make_factors(adapter_name, r, config)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.place_adapter(adapter_name)
+
+    def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
+        """Make the adapter's A and B, as their modules draw them."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what its A and B are")
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """False leaves both matrices as their modules draw them."""
+        A, B = self.factors(adapter_name)
+        if init_lora_weights is False:
+            return
+        if init_lora_weights is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
+
+    def factors(self, adapter_name: str) -> tuple[Any, Any]:
+        """(A, B), modules with a `weight`."""
+        return self.lora_A[adapter_name], self.lora_B[adapter_name]
+
+    def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        """x as the adapter's A gets it: in A's dtype, after dropout."""
+        return self.lora_dropout[adapter_name](x.to(self.factors(adapter_name)[0].weight.dtype))
 
     def _get_name(self) -> str:
         """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
@@ -86,7 +132,8 @@ class LoraLayer(BaseTunerLayer):
 
 
 class Linear(LoraLayer):
-    """LoRA around torch.nn.Linear, bitsandbytes' Linear4bit and Linear8bitLt, or our QuantizedLinear.
+    """LoRA around torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, or our
+    QuantizedLinear.
 
     A k-bit weight is multiplied by in floating point, in training and in eval mode. bitsandbytes does so too, but for
     Linear8bitLt in eval mode (on a GPU always): that rounds activations to 8 bits, row by row, and so differs by about
@@ -95,47 +142,21 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
-        base: Any = self.get_base_layer()
-        self.in_features: int = base.in_features
-        self.out_features: int = base.out_features
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         self.update_layer(adapter_name, r, lora_alpha, config)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
-        """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.scaling[adapter_name] = self.initial_scale(adapter_name)
-        self.lora_bias[adapter_name] = config.lora_bias
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self.place_adapter(adapter_name)
-
-    def factors(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
-        """(A, B)"""
-        return self.lora_A[adapter_name], self.lora_B[adapter_name]  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """False leaves both matrices as nn.Linear draws them."""
-        A, B = self.factors(adapter_name)
-        if init_lora_weights is False:
-            return
-        if init_lora_weights is True:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        else:
-            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
-        nn.init.zeros_(B.weight)
-        if B.bias is not None:
-            nn.init.zeros_(B.bias)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """[N, K] in fp32; [K, N] for transformers' Conv1D, as it keeps its weight."""
         A, B = self.factors(adapter_name)
         wide = torch.promote_types(A.weight.dtype, torch.float32)
-        return self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+        delta = self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+        return delta.t() if self.fan_in_fan_out else delta
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
         _, B = self.factors(adapter_name)

@@ -19,7 +19,7 @@ from .reference import lora_up_add_, lora_up_backward
 
 def _gather(A: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """s [M, R] = A.T[ids]"""
-    return A.index_select(1, ids).t().to(dtype)
+    return A.t().index_select(0, ids).to(dtype)
 
 
 def lora_embedding(ids: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

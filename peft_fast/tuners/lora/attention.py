@@ -43,9 +43,7 @@ class OutProjection(Linear):
 
     def route(self, tokens: int) -> Choice:
         if self.adapters_in_effect():
-            return Choice(
-                "out_proj", "added", "torch.nn.MultiheadAttention reads the weight: adapters are added to it"
-            )
+            return Choice("out_proj", "added", "torch.nn.MultiheadAttention reads the weight: adapters are added to it")
         return super().route(tokens)
 
 

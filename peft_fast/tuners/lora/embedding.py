@@ -92,9 +92,7 @@ class Embedding(LoraLayer):
             return Choice("base_layer", "base", f"the adapters are {reason}")
         weight = lookup_weight(self.base_layer)
         if weight is None:
-            return Choice(
-                "lora_embedding_add", "added", "the base layer is called: it does more than looking up"
-            )
+            return Choice("lora_embedding_add", "added", "the base layer is called: it does more than looking up")
         return ops.choose_embedding(weight, self.backend)
 
 

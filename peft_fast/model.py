@@ -350,7 +350,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> LoadResult:
         """`load_adapter` without a look at the config of an adapter that is there: it came from the caller."""
         if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
+            raise NotImplementedError("ephemeral_gpu_offload=True is not built yet: leave it out")
         new = adapter_name not in self.peft_config
         config = PeftConfig.from_pretrained(model_id, **hub_arguments) if new else None
         tensors = load_peft_weights(model_id, torch_device, **hub_arguments)

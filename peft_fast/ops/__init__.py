@@ -8,11 +8,13 @@ plain torch. Layers call these and never ask about devices.
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
+    scale_columns, merged_norms, row_squares   dora.py   kernels/reference_dora.py (DoRA)
     lora_embedding, lora_embedding_add   embedding.py   kernels/reference_embedding.py
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
 
+from .dora import merged_norms, row_squares, scale_columns
 from .embedding import choose_embedding, lora_embedding, lora_embedding_add
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
@@ -34,6 +36,9 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "lora_up_add",
+    "merged_norms",
     "new_dropout_key",
     "quant_matmul",
+    "row_squares",
+    "scale_columns",
 ]

@@ -211,6 +211,7 @@ class BaseTunerLayer(AdapterHolder):
             set_quantized_weight(base, weight.to(self.base_weight().device))
             if bias is not None:
                 base.bias.copy_(bias)
+            self.base_changed()
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -299,3 +300,7 @@ class BaseTunerLayer(AdapterHolder):
         set_base_weight(base, weight, self.weight_name)
         if bias is not None:
             base.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        self.base_changed()
+
+    def base_changed(self) -> None:
+        """Called after the base weight was written to, for what a layer keeps of it."""

@@ -34,7 +34,7 @@ LAYERS = {
     "attention": (lambda: Attention(6, 2, batch_first=True), ROWS),
 }
 UNMERGEABLE = {"conv2d-groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), IMAGES)}
-CAST_AND_BIAS = ["conv1d", "conv2d", "conv3d", "hf-conv1d"]
+WITH_BIAS = ["conv1d", "conv2d", "conv3d", "hf-conv1d"]
 
 
 class Attention(nn.MultiheadAttention):
@@ -111,11 +111,15 @@ def test_names_printed_form_and_initial_values_are_pefts(kind, init):
     assert ours.peft_config["default"].fan_in_fan_out == theirs.peft_config["default"].fan_in_fan_out
 
 
-@every_layer
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}], ids=["plain", "rslora", "bias"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, options) for kind in [*LAYERS, *UNMERGEABLE] for options in ({}, {"use_rslora": True})),
+        *((kind, {"lora_bias": True}) for kind in (*WITH_BIAS, *UNMERGEABLE)),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_are_pefts(kind, options):
-    if options.get("lora_bias") and kind not in CAST_AND_BIAS:
-        pytest.skip("tested by its error")
     found = []
     for library in (peft_fast, peft):
         model, x = adapted(library, kind, **options)

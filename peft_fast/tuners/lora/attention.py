@@ -25,6 +25,8 @@ class OutProjection(Linear):
     """The out_proj of an attention, which reads its weight and its bias and never calls it: so it is in the weight that
     the adapters are."""
 
+    dora_layer = None
+
     def _get_name(self) -> str:
         return "Linear"
 

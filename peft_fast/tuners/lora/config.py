@@ -24,7 +24,6 @@ NOT_BUILT = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
@@ -65,11 +64,21 @@ class LoraConfig(PeftConfig):
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     modules_to_save: names of modules that are trained and saved whole.
+    use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
     """
 
-    tied_to_weights = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+    tied_to_weights = (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+    )
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -163,6 +172,8 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: the indices within that list of layers")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias needs init_lora_weights True or False, got {self.init_lora_weights!r}")
 
@@ -196,7 +207,7 @@ def _check_types(config: LoraConfig) -> None:
     rules.append(("modules_to_save", "a list of module names", saved is None or _are_strings(saved)))
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
-    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"):
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:
         if not fits:

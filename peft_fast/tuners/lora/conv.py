@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_fast.dispatch import Choice
 
+from . import dora
 from .config import LoraConfig
 from .layer import LoraLayer
 
@@ -36,6 +37,8 @@ class _ConvNd(LoraLayer):
                 f"the rank must be divisible by the {base.groups} groups of a {type(base).__name__}, got {r}: give "
                 "these layers another with rank_pattern, or leave them out"
             )
+        if config.use_dora:
+            self._check_can_be_merged("use_dora is not for")
         super().update_layer(adapter_name, r, lora_alpha, config)
 
     def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
@@ -51,7 +54,7 @@ class _ConvNd(LoraLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """[out, in, *kernel]. NotImplementedError with groups: A mixes what the base layer keeps apart."""
-        self._check_can_be_merged()
+        self._check_can_be_merged("an adapter cannot be merged into")
         A, B = self.factors(adapter_name)
         wide = torch.promote_types(A.weight.dtype, torch.float32)
         delta = B.weight.to(wide).flatten(1) @ A.weight.to(wide).flatten(1)
@@ -60,20 +63,20 @@ class _ConvNd(LoraLayer):
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = super().adapters_to_merge(adapter_names)
         if names:
-            self._check_can_be_merged()
+            self._check_can_be_merged("an adapter cannot be merged into")
         return names
 
-    def _check_can_be_merged(self) -> None:
+    def _check_can_be_merged(self, what: str) -> None:
         base: Any = self.get_base_layer()
         if base.groups > 1:
             raise NotImplementedError(
-                f"an adapter cannot be merged into a convolution of {base.groups} groups: it mixes channels that the "
-                "layer keeps apart. Keep it unmerged"
+                f"{what} a convolution of {base.groups} groups: an adapter mixes channels that the layer keeps apart. "
+                "Keep it as plain LoRA, unmerged"
             )
         if base.padding_mode != "zeros":
             raise NotImplementedError(
-                f"an adapter cannot be merged into a convolution with padding_mode {base.padding_mode!r}: it pads with "
-                "zeros itself, as in peft. Keep it unmerged"
+                f"{what} a convolution with padding_mode {base.padding_mode!r}: an adapter pads with zeros itself, as "
+                "in peft. Keep it as plain LoRA, unmerged"
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,8 +86,24 @@ class _ConvNd(LoraLayer):
         out = y
         for name in self.adapters_in_effect():
             A, B = self.factors(name)
-            out = out + self.scaling[name] * B(A(self.dropped(name, x)))
+            if name in self.lora_magnitude_vector:
+                out = self._with_magnitude(name, x, out)
+            else:
+                out = out + self.scaling[name] * B(A(self.dropped(name, x)))
         return out.to(y.dtype)
+
+    def _with_magnitude(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """DoRA: see dora.py."""
+        base: Any = self.get_base_layer()
+        (A, B), dropout, d = self.factors(name), self.lora_dropout[name], self.dropped(name, x)
+        one = [1 for _ in base.kernel_size]
+        factor = dora.factor(self, name).view(1, -1, *one)
+        lora = self.scaling[name] * B(A(d))
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            of_dropped = base._conv_forward(d.to(base.weight.dtype), base.weight, None)
+        else:
+            of_dropped = y if base.bias is None else y - base.bias.view(1, -1, *one)
+        return y + (factor - 1) * of_dropped + factor * lora
 
     def route(self, tokens: int) -> Choice:
         if self.adapters_in_effect():
@@ -96,10 +115,16 @@ class _ConvNd(LoraLayer):
 class Conv1d(_ConvNd):
     """LoRA around torch.nn.Conv1d: x [batch, in, length]."""
 
+    dora_layer = dora.DoraConv1dLayer
+
 
 class Conv2d(_ConvNd):
     """LoRA around torch.nn.Conv2d: x [batch, in, height, width]."""
 
+    dora_layer = dora.DoraConv2dLayer
+
 
 class Conv3d(_ConvNd):
     """LoRA around torch.nn.Conv3d: x [batch, in, depth, height, width]."""
+
+    dora_layer = dora.DoraConv3dLayer

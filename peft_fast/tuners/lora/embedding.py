@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 
+from . import dora
 from .config import LoraConfig
 from .layer import LoraLayer
 
 
 class Embedding(LoraLayer):
     """`embed_scale`: the embeddings of Gemma, BART and others multiply what they look up, and so the adapter's part."""
+
+    dora_layer = dora.DoraEmbeddingLayer
+    out_dim = 1
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
@@ -52,12 +56,17 @@ class Embedding(LoraLayer):
         wide = torch.promote_types(A.dtype, torch.float32)
         return self.scaling[adapter_name] * (B.to(wide) @ A.to(wide)).t()
 
+    def dora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """ids: [...] -> [..., embedding_dim] in the table's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters, base = self.adapters_in_effect(), self.base_layer
         weight = None if args or kwargs or not adapters else lookup_weight(base)
+        if weight is not None and adapters[0] in self.lora_magnitude_vector:
+            weight = None
         if weight is None:
             return self._add(self.base_layer(ids, *args, **kwargs), ids, adapters)
         first = adapters[0]
@@ -84,6 +93,8 @@ class Embedding(LoraLayer):
                     ids, A.t(), base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse
                 )
                 y = y + (scale * s @ B.t()).to(y.dtype)
+            if name in self.lora_magnitude_vector:
+                y = ops.scale_columns(y, dora.factor(self, name))
         return y
 
     def route(self, tokens: int) -> Choice:

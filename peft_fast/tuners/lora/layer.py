@@ -8,7 +8,8 @@ in embedding.py, conv.py and attention.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,15 @@ from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
+from . import dora
 from .config import LoraConfig
 
 
 class LoraLayer(BaseTunerLayer):
     """The adapters' weights and numbers, whatever kind of layer they are around."""
+
+    dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
+    out_dim = 0  # of the base weight: along the out features
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -43,6 +48,8 @@ class LoraLayer(BaseTunerLayer):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
+        self._squares: tuple[Any, ...] | None = None  # of the base weight's rows, for DoRA: see kept_squares
+        self._merged_factors: dict[str, Tensor] = {}  # of merged adapters with DoRA, by which the weight was multiplied
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
         """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
@@ -56,6 +63,8 @@ class LoraLayer(BaseTunerLayer):
         self.make_factors(adapter_name, r, config)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.place_adapter(adapter_name)
+        if config.use_dora:
+            self.add_magnitude(adapter_name)
 
     def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         """Make the adapter's A and B, as their modules draw them."""
@@ -82,6 +91,78 @@ class LoraLayer(BaseTunerLayer):
     def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """x as the adapter's A gets it: in A's dtype, after dropout."""
         return self.lora_dropout[adapter_name](x.to(self.factors(adapter_name)[0].weight.dtype))
+
+    def add_magnitude(self, adapter_name: str) -> None:
+        """Give the adapter the magnitudes of DoRA."""
+        if self.dora_layer is None:
+            raise ValueError(
+                f"use_dora is not for a {type(self.get_base_layer()).__name__}: leave these layers out of "
+                "target_modules, or use_dora"
+            )
+        magnitude = dora.initial_magnitude(self, adapter_name)
+        shape = [1, -1, *(1 for _ in self.weight.shape[2:])] if self.weight.dim() > 2 else [-1]
+        self.lora_magnitude_vector[adapter_name] = self.dora_layer(magnitude.view(shape))
+
+    def dora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """(A [R, K], B [N, R]) as matrices."""
+        A, B = self.factors(adapter_name)
+        return A.weight.flatten(1), B.weight.flatten(1)
+
+    def rows_of_base(self) -> Tensor | QuantizedWeight:
+        """The base weight as a matrix [N, K], a row an out feature, without a copy."""
+        weight = self.base_weight()
+        if not isinstance(weight, Tensor):
+            return weight
+        return weight.flatten(1) if self.out_dim == 0 else weight.t()
+
+    def kept_squares(self) -> Tensor:
+        """|W|^2 of every row, computed when the base weight has changed: through a merge, or by torch's count of
+        in-place changes. What is written through `.data` is not counted: call base_changed() then."""
+        rows = self.rows_of_base()
+        if torch.compiler.is_compiling():
+            return ops.row_squares(rows) if self._squares is None else self._squares[-1]
+        own: Any = rows.data if isinstance(rows, QuantizedWeight) else self.weight
+        key = (own.data_ptr(), own._version, own.dtype, rows.shape)
+        if self._squares is None or self._squares[0] is not self.weight or self._squares[1] != key:
+            self._squares = (self.weight, key, ops.row_squares(rows))
+        return self._squares[-1]
+
+    def base_changed(self) -> None:
+        self._squares = None
+
+    def shifted_weight(self, weight: Tensor, adapter_names: Sequence[str], sign: int) -> Tensor:
+        """DoRA multiplies what is there by m / |W + delta|, W being the weight without any adapter, as in forward."""
+        shape = [-1 if dim == self.out_dim else 1 for dim in range(weight.dim())]
+        if sign < 0:
+            for name in reversed(adapter_names):
+                if name in self.lora_magnitude_vector:
+                    weight = weight / self._merged_factors[name].view(shape)
+                weight = weight - self.get_delta_weight(name)
+            return weight
+        plain = weight
+        if (
+            self.merged_adapters
+            and self._unmerged is None
+            and any(n in self.lora_magnitude_vector for n in adapter_names)
+        ):
+            plain = self.shifted_weight(weight, self.merged_adapters, -1)
+        for name in adapter_names:
+            delta = self.get_delta_weight(name)
+            weight = weight + delta
+            if name in self.lora_magnitude_vector:
+                others = [dim for dim in range(weight.dim()) if dim != self.out_dim]
+                norms = torch.linalg.vector_norm(plain + delta, dim=others)
+                magnitude: Any = self.lora_magnitude_vector[name].weight
+                self._merged_factors[name] = magnitude.detach().view(-1).to(norms.dtype) / norms
+                weight = weight * self._merged_factors[name].view(shape)
+        return weight
+
+    def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:
+        """In a file the magnitudes have no ".weight" at the end."""
+        keys = super().adapter_state_keys(adapter_name)
+        return {
+            key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): name for key, name in keys.items()
+        }
 
     def _get_name(self) -> str:
         """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
@@ -140,10 +221,13 @@ class Linear(LoraLayer):
     a hundredth of an output's size.
     """
 
+    dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
+        self.out_dim = int(self.fan_in_fan_out)
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
@@ -168,23 +252,54 @@ class Linear(LoraLayer):
             self.unmerge()
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else matmul_weight(self.base_layer)
+        if any(name in self.lora_magnitude_vector for name in adapters):
+            return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
-            return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
+            return self.plus(self.base_layer(x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
-            return self._add(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
+            return self.plus(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.
-        dtype = getattr(self.base_layer, "compute_dtype", None)
-        if dtype is None or torch.is_autocast_enabled(x.device.type):
-            dtype = None
+        dtype = self._own_dtype(x)
         if len(adapters) == 1:
             y = self._base_and(adapters[0], x, weight, dtype)  # keeps x as it is, not a cast of it
             return y if dtype is None else y.to(x.dtype)
         z = x if dtype is None else x.to(dtype)
         if adapters:
-            y = self._add(self._base_and(adapters[0], z, weight, None), z, adapters[1:])
+            y = self.plus(self._base_and(adapters[0], z, weight, None), z, adapters[1:])
         else:
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         return y if dtype is None else y.to(x.dtype)
+
+    def _own_dtype(self, x: Tensor) -> torch.dtype | None:
+        """In which dtype the base layer says to compute; None where it says none, or an autocast region does."""
+        return None if torch.is_autocast_enabled(x.device.type) else getattr(self.base_layer, "compute_dtype", None)
+
+    def _with_magnitudes(
+        self, x: Tensor, adapters: list[str], weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+        y = dora.forward(self, x if dtype is None else x.to(dtype), adapters, weight, *args, **kwargs)
+        return y if dtype is None else y.to(x.dtype)
+
+    def base(self, x: Tensor, weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + bias; `weight` as matmul_weight gives it."""
+        if isinstance(weight, QuantizedWeight):
+            return ops.quant_matmul(x, weight, self.bias, backend=self.backend)
+        return self.base_layer(x, *args, **kwargs)
+
+    def product(
+        self, name: str, x: Tensor, weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """W x + scale * B A x, without a bias or dropout."""
+        A, B = self.factors(name)
+        scale = self.scaling[name]
+        if weight is not None:
+            return ops.lora_linear(x, weight, A.weight, B.weight, scale, backend=self.backend)
+        y = self.base_layer(x, *args, **kwargs)
+        y = y if self.bias is None else y - self.bias
+        return ops.lora_up_add(
+            y, ops.lora_down(x, A.weight, backend=self.backend), B.weight, scale, backend=self.backend
+        )
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
@@ -204,7 +319,12 @@ class Linear(LoraLayer):
         fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
         call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
         if adapters:
-            return ops.choose(call, self.backend)
+            choice = ops.choose(call, self.backend)
+            if any(name in self.lora_magnitude_vector for name in adapters):
+                choice = replace(
+                    choice, because=f"{choice.because}; DoRA: and one product more, of {R} rows, for norms"
+                )
+            return choice
         base = ops.choose_product(call, self.backend)
         return Choice("base_layer", "base", f"the adapters are {reason}; {base.route} by {base.backend}", base.backend)
 
@@ -224,7 +344,7 @@ class Linear(LoraLayer):
             dropout_p=layer.dropout_p, dropout_key=layer.dropout_key,
         )  # fmt: skip
 
-    def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+    def plus(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus what these adapters make of x."""
         for name in names:
             A, B = self.factors(name)

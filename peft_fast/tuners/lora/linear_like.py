@@ -25,6 +25,8 @@ class LinearLike(Linear):
     floating-point tensors, else fp32.
     """
 
+    dora_layer = None  # the norm of its rows cannot be known
+
     def _get_name(self) -> str:
         return "Linear"
 
@@ -39,7 +41,7 @@ class LinearLike(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        return self._add(y, x.to(y.dtype), self.adapters_in_effect())
+        return self.plus(y, x.to(y.dtype), self.adapters_in_effect())
 
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         wanted = self.active_adapters if adapter_names is None else adapter_names

@@ -24,6 +24,7 @@ from .files import locate
 from .inject import tuner_of
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
+from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -192,7 +193,7 @@ def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
     """The names of the base model's input and output embeddings."""
     keys: list[str] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(tuner.model, getter)() if hasattr(tuner.model, getter) else None
+        layer = embedding_of(tuner.model, getter)
         path = next((path for path, module in tuner.model.named_modules() if module is layer), None)
         if layer is None or path is None or isinstance(layer, ModulesToSaveWrapper):
             continue

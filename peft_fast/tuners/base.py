@@ -24,7 +24,7 @@ from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, all_linear, find_targets, targets_in
+from .matching import ALL_LINEAR, all_linear, embedding_of, find_targets, targets_in
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
 from .names import check_adapter_name, list_of_names
@@ -344,8 +344,8 @@ class BaseTuner(nn.Module):
     def _warn_of_tied_weights(self) -> None:
         if not getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             return
-        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())  # type: ignore[operator]
-        if any(isinstance(layer, BaseTunerLayer) for layer in ends):
+        ends = ("get_input_embeddings", "get_output_embeddings")
+        if any(isinstance(embedding_of(self.model, end), BaseTunerLayer) for end in ends):
             warnings.warn(
                 "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
                 stacklevel=3,

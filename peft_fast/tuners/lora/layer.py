@@ -208,6 +208,16 @@ class LoraLayer(BaseTunerLayer):
         if merged:
             raise ValueError(f"adapters {merged} are merged with the scale that they have: call unmerge_adapter first")
 
+    def __getattr__(self, name: str) -> Any:
+        """Also the numbers of the base layer that torch lists as its constants: some models read conv.stride."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if name in getattr(base, "__constants__", ()):
+                return getattr(base, name)
+            raise
+
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
 

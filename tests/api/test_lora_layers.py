@@ -188,6 +188,55 @@ def test_merging_unmerging_and_unloading(kind):
         torch.testing.assert_close(parameter, named(pefts)[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "attention"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_to_16_bits(kind, use_dora):
+    model, x = adapted(peft_fast, kind, use_dora=use_dora)
+    expected = copy.deepcopy(model).merge_and_unload()
+    merged = model.base_model.merge_to_16bit(torch.bfloat16, progressbar=False)
+    for name, parameter in named(merged).items():
+        assert torch.equal(parameter, named(expected)[name].bfloat16()), name
+
+
+def test_attention_is_not_merged_to_16_bits(untouched):
+    model, _ = adapted(peft_fast, "attention")
+    with untouched(model), pytest.raises(ValueError, match="knows no Attention, which is at layer"):
+        model.base_model.merge_to_16bit(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "embedding-scaled", "conv2d", "hf-conv1d", "attention"])
+def test_torch_compile_makes_one_graph_with_its_gradients(kind):
+    model, x = adapted(peft_fast, kind)
+    layer = model.base_model.model.layer
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (layer, compiled):
+        model.zero_grad()
+        y = function(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for eager, graph in zip(*results):
+        torch.testing.assert_close(eager, graph)
+
+
+def test_a_base_weight_that_is_trained_gets_its_gradient():
+    for kind in ("hf-conv1d", "embedding-padding", "conv2d", "attention"):
+        grads = []
+        for library in (peft_fast, peft):
+            model, x = adapted(library, kind)
+            layer = model.base_model.model.layer.get_base_layer()
+            weight = layer.in_proj_weight if kind == "attention" else layer.weight
+            weight.requires_grad_(True)
+            model(x).square().sum().backward()
+            grads.append(weight.grad)
+        if kind == "attention":  # peft cuts it off
+            assert (grads[0].abs().sum() > 0, grads[1]) == (True, None)
+        else:
+            assert relative(*grads) <= 1e-6
+
+
 @mergeable
 def test_a_broken_adapter_is_not_merged(kind, untouched):
     model, _ = adapted(peft_fast, kind)

@@ -19,6 +19,7 @@ from peft_fast.kernels import (
     lora_up_add,
     quant_gemv,
     quant_matmul,
+    scale_columns,
 )
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
@@ -38,6 +39,7 @@ def launches(quick: bool, target: int) -> Named:
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
             yield from _glu(dname, dtype, quick)
+            yield from _scale_columns(dname, dtype, quick)
 
 
 def _recorded(variant: str, *calls: Callable[[], object]) -> Named:
@@ -148,4 +150,14 @@ def _glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             f"{dname} {activation}",
             lambda a=activation: glu.glu(g, g.clone(), a),
             lambda a=activation: glu.glu_backward_(g.clone(), g, g.clone(), a, needs_h=True),
+        )
+
+
+def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    for N in (256,) if quick else (256, 71):
+        z, factor = torch.zeros(80, N, dtype=dtype), torch.zeros(N)
+        yield from _recorded(
+            dname if N == 256 else f"{dname} odd",
+            lambda z=z, factor=factor: scale_columns.scale_columns(z, factor, z[0]),
+            lambda z=z, factor=factor: scale_columns.scale_columns_backward(z, z.clone(), factor),
         )

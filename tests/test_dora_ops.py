@@ -128,9 +128,9 @@ def test_opcheck():
     z, factor, bias = torch.randn(4, 6), torch.rand(6), torch.randn(6)
     lib = torch.ops.peft_fast
     for arguments in ((z, factor, bias), (z, factor, None), (z.t().contiguous().t(), factor, None)):
-        torch.library.opcheck(lib.scale_columns.default, arguments)
+        torch.library.opcheck(lib.scale_columns.default, (*arguments, "torch"))
     for needs in ([True, True], [False, True], [True, False]):
-        torch.library.opcheck(lib.scale_columns_backward.default, (z, z.clone(), factor, needs))
+        torch.library.opcheck(lib.scale_columns_backward.default, (z, z.clone(), factor, needs, "torch"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ plain torch. Layers call these and never ask about devices.
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
-    scale_columns, merged_norms, row_squares   dora.py   kernels/reference_dora.py (DoRA)
+    scale_columns, merged_norms, row_squares   dora.py   kernels/scale_columns.py, reference_dora.py
     lora_embedding, lora_embedding_add   embedding.py   kernels/reference_embedding.py
 """
 

@@ -191,7 +191,7 @@ def test_merging_unmerging_and_unloading(kind):
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "attention"])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_merging_to_16_bits(kind, use_dora):
-    model, x = adapted(peft_fast, kind, use_dora=use_dora)
+    model, _ = adapted(peft_fast, kind, use_dora=use_dora)
     expected = copy.deepcopy(model).merge_and_unload()
     merged = model.base_model.merge_to_16bit(torch.bfloat16, progressbar=False)
     for name, parameter in named(merged).items():

@@ -87,7 +87,7 @@ def forward(
             else:
                 y = layer.base(x, weight, *args, **kwargs) if y is None else y
                 z = layer.plus(y if bias is None else y - bias, x, [name])
-            y = ops.scale_columns(z, scaled, bias)
+            y = ops.scale_columns(z, scaled, bias, backend=layer.backend)
             continue
         dropped = layer.dropped(name, x).to(x.dtype)
         z = layer.product(name, dropped, weight, *args, **kwargs)
@@ -97,6 +97,6 @@ def forward(
             y = layer.base(x, weight, *args, **kwargs) if y is None else y
             rest = y - layer.base(dropped, weight, *args, **kwargs)
             rest = rest if bias is None else rest + bias
-        y = rest + ops.scale_columns(z, scaled)
+        y = rest + ops.scale_columns(z, scaled, backend=layer.backend)
     assert y is not None
     return y

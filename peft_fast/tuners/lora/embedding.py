@@ -94,7 +94,7 @@ class Embedding(LoraLayer):
                 )
                 y = y + (scale * s @ B.t()).to(y.dtype)
             if name in self.lora_magnitude_vector:
-                y = ops.scale_columns(y, dora.factor(self, name))
+                y = ops.scale_columns(y, dora.factor(self, name), backend=self.backend)
         return y
 
     def route(self, tokens: int) -> Choice:

@@ -16,6 +16,7 @@ from peft_fast.kernels import (
     dropout,
     glu,
     lora_down,
+    lora_embedding,
     lora_up_add,
     quant_gemv,
     quant_matmul,
@@ -40,6 +41,7 @@ def launches(quick: bool, target: int) -> Named:
             yield from _products(dname, dtype, quick)
             yield from _glu(dname, dtype, quick)
             yield from _scale_columns(dname, dtype, quick)
+            yield from _embedding(dname, dtype, quick)
 
 
 def _recorded(variant: str, *calls: Callable[[], object]) -> Named:
@@ -161,3 +163,20 @@ def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             lambda z=z, factor=factor: scale_columns.scale_columns(z, factor, z[0]),
             lambda z=z, factor=factor: scale_columns.scale_columns_backward(z, z.clone(), factor),
         )
+
+
+def _embedding(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    ids = torch.arange(64)
+    for R, N in ((16, 64),) if quick else ((16, 64), (64, 64), (100, 71)):
+        for adapter in dict.fromkeys((dtype, torch.float32)):
+            y, A, B = (
+                torch.zeros(64, N, dtype=dtype),
+                torch.zeros(R, 64, dtype=adapter),
+                torch.zeros(N, R, dtype=adapter),
+            )
+            tag = f"{dname} R{R}" + ("" if N == 64 else " odd") + (" fp32-adapter" if adapter != dtype else "")
+            yield from _recorded(
+                tag,
+                lambda y=y, A=A, B=B: lora_embedding.lora_embedding_add_(y, ids, A, B, 2.0),
+                lambda R=R, A=A: lora_embedding.segment_sum(torch.zeros(64, R, dtype=dtype), ids, A, 3),
+            )

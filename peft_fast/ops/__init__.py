@@ -9,7 +9,7 @@ plain torch. Layers call these and never ask about devices.
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
     scale_columns, merged_norms, row_squares   dora.py   kernels/scale_columns.py, reference_dora.py
-    lora_embedding, lora_embedding_add   embedding.py   kernels/reference_embedding.py
+    lora_embedding, lora_embedding_add   embedding.py   kernels/lora_embedding.py, reference_embedding.py
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key

@@ -19,7 +19,9 @@ from .library import define, resolve
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
-    return "there is no Triton kernel for embeddings yet"
+    from peft_fast.kernels import lora_embedding
+
+    return lora_embedding.why_not(dtype)
 
 
 LORA_EMBEDDING = Op("lora_embedding", "triton", _why_not)
@@ -31,8 +33,11 @@ def choose_embedding(weight: Tensor, backend: str | None = None) -> Choice:
 
 
 def _implementation(backend: Backend, y: Tensor) -> ModuleType:
-    LORA_EMBEDDING.choose(backend, y.device, y.dtype)  # raises where Triton was asked for and cannot
-    return reference_embedding
+    if LORA_EMBEDDING.choose(backend, y.device, y.dtype).backend == "torch":
+        return reference_embedding
+    from peft_fast.kernels import lora_embedding
+
+    return lora_embedding
 
 
 @define(

@@ -94,6 +94,8 @@ def plan_load(
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     expected = len(keys)
+    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
+    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
     keys |= {key: key for name in _embedding_keys(tuner) if (key := prefix + name) in state_dict}
     values = {keys[key]: value for key, value in state_dict.items() if key in keys}
     result = LoadResult([key for key in keys if key not in state_dict], [key for key in state_dict if key not in keys])

@@ -24,7 +24,7 @@ def _why_not(dtype: torch.dtype) -> str | None:
     return lora_embedding.why_not(dtype)
 
 
-LORA_EMBEDDING = Op("lora_embedding", "triton", _why_not)
+LORA_EMBEDDING = Op("lora_embedding", "split", _why_not)
 
 
 def choose_embedding(weight: Tensor, backend: str | None = None) -> Choice:

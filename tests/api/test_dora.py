@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_fast
 from peft_fast import explain, quantize_linear_layers
+from peft_fast.helpers import DoraCaching
 from peft_fast.tuners.lora import LinearLike
 
 K, N = 64, 48
@@ -278,6 +279,57 @@ def test_the_norm_of_the_base_weight_is_computed_once_and_again_when_it_changes(
     model.double()
     x = x.double()
     check(times=1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "4bit"])
+def test_caching_of_norms_in_eval_mode(kind, monkeypatch):
+    _, layer, x = adapted(peft_fast, kind)
+    other = adapted(peft_fast, kind)[1]
+    computed, original = [], peft_fast.ops.merged_norms
+    monkeypatch.setattr(peft_fast.ops, "merged_norms", lambda *args: computed.append(1) or original(*args))
+
+    def check(times):
+        computed.clear()
+        y, again = layer(x), layer(x)
+        assert len(computed) == times
+        with DoraCaching(enabled=False):
+            assert torch.equal(y, layer(x))
+        assert torch.equal(y, again)
+
+    with DoraCaching():
+        layer.train()
+        check(times=2)
+        layer.eval()
+        check(times=1)
+        check(times=0)
+        layer(x).sum().backward()  # twice through what is kept
+        layer(x).sum().backward()
+        with torch.no_grad():
+            for parameter in layer.adapter_parameters("default"):
+                parameter.mul_(1.5)
+        check(times=1)
+        layer.set_scale("default", 3.0)
+        check(times=1)
+        layer.base_changed()
+        check(times=1)
+        layer.train().eval()
+        check(times=1)
+        assert not other.kept_norms
+    check(times=2)
+    DoraCaching()(enabled=True)
+    check(times=0)
+    DoraCaching()(enabled=False)
+    check(times=2)
+
+
+def test_old_files_with_another_key(tmp_path):
+    model, layer, x = adapted(peft_fast, "linear")
+    tensors = peft_fast.get_peft_model_state_dict(model)
+    old = {f"{key}.weight" if key.endswith("magnitude_vector") else key: value for key, value in tensors.items()}
+    for library in (peft_fast, peft):
+        fresh, of_fresh, _ = adapted(library, "linear", shake=False)
+        library.set_peft_model_state_dict(fresh, old)
+        torch.testing.assert_close(of_fresh(x), layer(x))
 
 
 @every_layer

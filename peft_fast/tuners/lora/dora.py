@@ -47,12 +47,46 @@ class DoraConv3dLayer(DoraLayer):
     """[1, out_channels, 1, 1, 1]"""
 
 
+class DoraCaching:
+    """Within `with DoraCaching():` layers in eval mode keep the norms of DoRA between forwards, a number for every out
+    feature: each saves reading its base weight once more. `DoraCaching()(enabled=True)` does so for good.
+
+    Norms are computed anew when a layer was in training mode in between, when its scale changes, and when torch counts
+    an in-place change of its adapter or base weight; what is written through `.data` is not counted.
+    """
+
+    enabled_now = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        self.before, DoraCaching.enabled_now = DoraCaching.enabled_now, self.enabled
+
+    def __exit__(self, *exception: object) -> None:
+        DoraCaching.enabled_now = self.before
+
+    def __call__(self, enabled: bool = True) -> None:
+        DoraCaching.enabled_now = enabled
+
+
 def factor(layer: Any, name: str) -> Tensor:
     """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m."""
-    A, B = layer.dora_factors(name)
-    squares = layer.kept_squares()
-    norms = ops.merged_norms(layer.rows_of_base(), A, B, layer.scaling[name], squares, layer.backend)
+    norms = _norms(layer, name)
     return layer.lora_magnitude_vector[name].weight.view(-1).to(norms.dtype) / norms
+
+
+def _norms(layer: Any, name: str) -> Tensor:
+    (A, B), scale, squares = layer.dora_factors(name), layer.scaling[name], layer.kept_squares()
+    caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
+    if caching and name in layer.kept_norms:
+        of_squares, key, norms = layer.kept_norms[name]
+        if of_squares is squares and key == (A._version, B._version, scale):
+            return norms
+    norms = ops.merged_norms(layer.rows_of_base(), A, B, scale, squares, layer.backend)
+    if caching:
+        layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
+    return norms
 
 
 def initial_magnitude(layer: Any, name: str) -> Tensor:

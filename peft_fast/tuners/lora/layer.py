@@ -49,6 +49,7 @@ class LoraLayer(BaseTunerLayer):
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self._squares: tuple[Any, ...] | None = None  # of the base weight's rows, for DoRA: see kept_squares
+        self.kept_norms: dict[str, tuple[Any, ...]] = {}  # by adapter, under DoraCaching
         self._merged_factors: dict[str, Tensor] = {}  # of merged adapters with DoRA, by which the weight was multiplied
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
@@ -129,6 +130,11 @@ class LoraLayer(BaseTunerLayer):
 
     def base_changed(self) -> None:
         self._squares = None
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.kept_norms.clear()
+        return super().train(mode)
 
     def shifted_weight(self, weight: Tensor, adapter_names: Sequence[str], sign: int) -> Tensor:
         """DoRA multiplies what is there by m / |W + delta|, W being the weight without any adapter, as in forward."""

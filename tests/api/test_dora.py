@@ -343,6 +343,29 @@ def test_copies_pickles_and_low_cpu_mem_usage(kind, tmp_path):
     torch.testing.assert_close(loaded.base_model.model["layer"](x), expected)
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 0.3), (torch.bfloat16, 0.15)], ids=str)
+def test_bytes_kept_for_the_backward(dtype, allowed):
+    """The outputs of the base layer and the adapter, once, and s; peft also keeps what it makes of W, and more."""
+    kept = []
+    for library in (peft_fast, peft):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 512, dtype=dtype))
+        config = library.LoraConfig(target_modules=["0"], r=8, use_dora=True)
+        model, x = library.get_peft_model(model, config), torch.randn(256, 512, dtype=dtype, requires_grad=True)
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = model(x)
+        own = {p.untyped_storage().data_ptr() for p in [x, *model.parameters()]}
+        kept.append(sum(size for pointer, size in storages.items() if pointer not in own))
+        assert y.requires_grad
+    assert 0 < kept[0] <= allowed * kept[1]
+
+
 def test_autocast():
     outputs, exact = [], adapted(peft_fast, "linear")[1](X)
     for library in (peft_fast, peft):

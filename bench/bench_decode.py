@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import peft_fast
-from bench.bench_lora_linear import _base, _layer
+from bench.bench_lora_linear import base_of, layer_of
 from bench.harness import Case
 from peft_fast.testing import relative_error
 
@@ -30,7 +30,7 @@ def cases(device: torch.device) -> Iterator[Case]:
                 x = torch.randn(M, width, device=device, dtype=dtype)
                 runs = {}
                 for library in (peft, peft_fast):
-                    model = _layer(library, _base(width, width, kind, device, dtype), 16, 0.0).to(dtype)
+                    model = layer_of(library, base_of(width, width, kind, device, dtype), 16, 0.0).to(dtype)
                     # In eval mode on some CPUs bitsandbytes repacks peft's weight, rounding its scales: another weight.
                     runs[library.__name__] = _generate(model.train(device.type == "cpu"), x)
 

@@ -29,13 +29,15 @@ class OneLayer(nn.Module):
         return self.proj(x)
 
 
-def _layer(library, base: nn.Module, r: int, p: float) -> nn.Module:
-    config = library.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["proj"], init_lora_weights=False)
+def layer_of(library, base: nn.Module, r: int, p: float, **options) -> nn.Module:
+    config = library.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=p, target_modules=["proj"], init_lora_weights=False, **options
+    )
     torch.manual_seed(0)
     return library.get_peft_model(OneLayer(base), config, autocast_adapter_dtype=False)
 
 
-def _base(N: int, K: int, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def base_of(N: int, K: int, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(1)
     dense = nn.Linear(K, N, bias=False, dtype=dtype)
     if kind == "dense":
@@ -45,7 +47,7 @@ def _base(N: int, K: int, kind: str, device: torch.device, dtype: torch.dtype) -
     return layer.to(device)
 
 
-def _step(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+def step_of(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> list[torch.Tensor]:
@@ -64,8 +66,8 @@ def cases(device: torch.device) -> Iterator[Case]:
                 dy = torch.randn(M, N, device=device, dtype=dtype)
                 runs = {}
                 for library in (peft, peft_fast):
-                    model = _layer(library, _base(N, K, kind, device, dtype), r, p).to(dtype).train()
-                    runs[library.__name__] = _step(model, x, dy)
+                    model = layer_of(library, base_of(N, K, kind, device, dtype), r, p).to(dtype).train()
+                    runs[library.__name__] = step_of(model, x, dy)
 
                 def gate(runs=runs, p=p, dtype=dtype) -> None:
                     if p == 0.0:  # with dropout the masks differ by design

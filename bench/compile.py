@@ -31,7 +31,10 @@ CSV = Path(__file__).parent / "results" / "compile.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # the most that one block may have
 TARGETS = tuple(SHARED_KB)
-NO_DOT = ("dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "glu_")
+NO_DOT = (
+    "dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "glu_",
+    "scale_columns_", "segment_sum_kernel",
+)  # fmt: skip
 EXACT = ("dequantize", "quant_matmul")  # decode a format whose roundings are part of it
 SASS_BUDGET = 10  # per weight, of the whole kernel
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")

@@ -19,9 +19,11 @@ from peft_fast.kernels import (
     dropout,
     glu,
     lora_down,
+    lora_embedding,
     lora_up_add,
     quant_gemv,
     quant_matmul,
+    scale_columns,
 )
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
@@ -43,6 +45,8 @@ def launches(quick: bool, target: int) -> Named:
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
             yield from _glu(dname, dtype, quick)
+            yield from _scale_columns(dname, dtype, quick)
+            yield from _embedding(dname, dtype, quick)
 
 
 def _recorded(variant: str, *calls: Callable[[], object]) -> Named:
@@ -203,3 +207,30 @@ def _glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             lambda a=activation: glu.glu(g, g.clone(), a),
             lambda a=activation: glu.glu_backward_(g.clone(), g, g.clone(), a, needs_h=True),
         )
+
+
+def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    for N in (256,) if quick else (256, 71):
+        z, factor = torch.zeros(80, N, dtype=dtype), torch.zeros(N)
+        yield from _recorded(
+            dname if N == 256 else f"{dname} odd",
+            lambda z=z, factor=factor: scale_columns.scale_columns(z, factor, z[0]),
+            lambda z=z, factor=factor: scale_columns.scale_columns_backward(z, z.clone(), factor),
+        )
+
+
+def _embedding(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    ids = torch.arange(64)
+    for R, N in ((16, 64),) if quick else ((16, 64), (64, 64), (100, 71)):
+        for adapter in dict.fromkeys((dtype, torch.float32)):
+            y, A, B = (
+                torch.zeros(64, N, dtype=dtype),
+                torch.zeros(R, 64, dtype=adapter),
+                torch.zeros(N, R, dtype=adapter),
+            )
+            tag = f"{dname} R{R}" + ("" if N == 64 else " odd") + (" fp32-adapter" if adapter != dtype else "")
+            yield from _recorded(
+                tag,
+                lambda y=y, A=A, B=B: lora_embedding.lora_embedding_add_(y, ids, A, B, 2.0),
+                lambda R=R, A=A: lora_embedding.segment_sum(torch.zeros(64, R, dtype=dtype), ids, A, 3),
+            )

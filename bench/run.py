@@ -10,10 +10,10 @@ import sys
 import torch
 from tqdm import tqdm
 
-from bench import bench_decode, bench_dequantize, bench_lora_linear, bench_qlora_step
+from bench import bench_decode, bench_dequantize, bench_dora, bench_lora_linear, bench_qlora_step
 from bench.harness import RESULTS, ROUNDS, append, device_name, measure, table
 
-MODULES = (bench_dequantize, bench_lora_linear, bench_decode, bench_qlora_step)
+MODULES = (bench_dequantize, bench_lora_linear, bench_dora, bench_decode, bench_qlora_step)
 
 
 def main() -> int:

@@ -92,6 +92,17 @@ def lora_up_backward(R: int, itemsize: int) -> dict:
     return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=32 if block_r == 32 else 64, BLOCK_R=block_r)
 
 
+def lora_embedding(R: int, itemsize: int) -> dict:
+    """Every element of A that is gathered has an address of its own: tiles of lora_up_forward's size spill (sm_80 to
+    sm_120, ranks above 32)."""
+    return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_R=min(rank_block(R, itemsize), 32), num_stages=2)
+
+
+def segment_sum(R: int) -> dict:
+    """A warp a segment: most words come once or twice in a batch, and 16 ids at once serve those that come often."""
+    return dict(BLOCK_M=16, BLOCK_R=min(max(16, triton.next_power_of_2(R)), 64), num_warps=1)
+
+
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.
 SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
 

@@ -20,6 +20,7 @@ from .adapter_file import PREFIX, is_plain
 from .inject import tuner_of
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
+from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]  # what "auto" looks for
@@ -86,6 +87,8 @@ def plan_load(
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
+    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
     found, unexpected = _by_name_in_model(state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
     missing = [name for name in keys.values() if name not in found]
     if keys and len(missing) == len(keys):
@@ -190,7 +193,7 @@ def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
     """The names of the base model's input and output embeddings."""
     keys: list[str] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(tuner.model, getter)() if hasattr(tuner.model, getter) else None
+        layer = embedding_of(tuner.model, getter)
         path = next((path for path, module in tuner.model.named_modules() if module is layer), None)
         if layer is None or path is None or isinstance(layer, ModulesToSaveWrapper):
             continue

@@ -11,7 +11,17 @@ from torch import nn
 
 from .config import PeftConfig
 from .model import PeftModel
+from .tuners.lora.dora import DoraCaching
 from .tuners.lora.layer import LoraLayer, checked_factor
+
+__all__ = [
+    "DoraCaching",
+    "check_if_peft_model",
+    "rescale_adapter_scale",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+]
 
 
 @contextmanager

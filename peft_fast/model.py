@@ -344,7 +344,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
 def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
     if ephemeral_gpu_offload:
-        raise NotImplementedError("ephemeral_gpu_offload=True needs DoRA, which is not built yet: leave it out")
+        raise NotImplementedError("ephemeral_gpu_offload=True is not built yet: leave it out")
 
 
 def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:

@@ -9,10 +9,14 @@ plain torch. Layers call these and never ask about devices.
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
+    scale_columns, merged_norms, row_squares   dora.py   kernels/scale_columns.py, reference_dora.py
+    lora_embedding, lora_embedding_add   embedding.py   kernels/lora_embedding.py, reference_embedding.py
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
 
+from .dora import merged_norms, row_squares, scale_columns
+from .embedding import choose_embedding, lora_embedding, lora_embedding_add
 from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
@@ -25,13 +29,19 @@ __all__ = [
     "Call",
     "Projection",
     "choose",
+    "choose_embedding",
     "choose_product",
     "dequantize",
     "lora_down",
+    "lora_embedding",
+    "lora_embedding_add",
     "lora_group",
     "lora_linear",
     "lora_mlp",
     "lora_up_add",
+    "merged_norms",
     "new_dropout_key",
     "quant_matmul",
+    "row_squares",
+    "scale_columns",
 ]

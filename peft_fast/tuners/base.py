@@ -347,7 +347,8 @@ class BaseTuner(nn.Module):
         return self._unload([])
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
-        for path, holder in list(self.model.named_modules(remove_duplicate=False)):
+        # From the inside out: the path of what lies in a layer is gone with the layer.
+        for path, holder in reversed(list(self.model.named_modules(remove_duplicate=False))):
             if isinstance(holder, BaseTunerLayer):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):

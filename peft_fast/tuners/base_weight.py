@@ -1,5 +1,8 @@
 """The weight of a linear layer, dense or k-bit: the one place that knows how each kind is read and written."""
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +18,31 @@ def quantized_weight(layer: nn.Module) -> QuantizedWeight | None:
     return layer.quantized_weight if isinstance(layer, QuantizedLinear) else bitsandbytes.read_linear(layer)
 
 
-def base_weight(layer: nn.Module) -> Tensor | QuantizedWeight:
+def base_weight(layer: nn.Module, name: str = "weight") -> Tensor | QuantizedWeight:
+    """The layer's weight as it is stored: [N, K], but [K, N] in a Conv1D of transformers. `name`: of the parameter."""
     quantized = quantized_weight(layer)
-    return layer.weight if quantized is None else quantized  # type: ignore[return-value]
+    return getattr(layer, name) if quantized is None else quantized
+
+
+def _conv1d() -> Any:
+    """transformers' class, or None while it is not imported: then there is no such layer either."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer (of GPT-2 and its kin) whose weight lies [K, N]."""
+    kind = _conv1d()
+    return kind is not None and isinstance(layer, kind)
+
+
+def linear_features(layer: Any) -> tuple[int, int]:
+    """(K, N) of a linear layer. Raises ValueError where it says neither."""
+    if is_conv1d(layer):
+        return tuple(layer.weight.shape)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if all(hasattr(layer, name) for name in names):
+            return getattr(layer, names[0]), getattr(layer, names[1])
+    raise ValueError(f"a linear layer must have in_features and out_features, and a {type(layer).__name__} has not")
 
 
 def storage(layer: nn.Module) -> nn.Parameter | None:
@@ -25,24 +50,24 @@ def storage(layer: nn.Module) -> nn.Parameter | None:
     return dict(layer.named_parameters(recurse=False)).get("weight")
 
 
-def check_writable(layer: nn.Module) -> None:
+def check_writable(layer: nn.Module, name: str = "weight") -> None:
     """Raise ValueError where the weight is computed from others before each use: what is written to it is lost."""
-    if "weight" not in layer._parameters:
+    if name not in layer._parameters:
         raise ValueError(
             "the base layer's weight is no parameter but computed from others (weight_norm, parametrize): nothing can "
             "be merged into it. Remove the parametrisation first, or keep the adapter unmerged"
         )
 
 
-def set_base_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Write `weight` [N, K] into the layer: rounded to its dtype, or quantised in the format that it has.
+def set_base_weight(layer: nn.Module, weight: Tensor, name: str = "weight") -> None:
+    """Write `weight`, in the layer's own layout, into it: rounded to its dtype, or quantised in the format that it has.
 
     Raises ValueError for inf and NaN where the layer is k-bit (its bytes cannot hold them), and then writes nothing.
     """
-    check_writable(layer)
+    check_writable(layer, name)
     old = quantized_weight(layer)
     if old is None:
-        layer.weight.data.copy_(weight)  # type: ignore[operator, union-attr]
+        getattr(layer, name).data.copy_(weight)
         bitsandbytes.forget_codes(layer)
     else:
         set_quantized_weight(layer, _quantized_like(old, weight))
@@ -54,11 +79,11 @@ def _quantized_like(old: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
     return blockwise.quantize(weight, old.quant_type, old.blocksize, old.nested is not None, dtype=old.dtype)
 
 
-def can_hold(layer: nn.Module, weight: Tensor) -> bool:
+def can_hold(layer: nn.Module, weight: Tensor, name: str = "weight") -> bool:
     """Whether every value of `weight` is finite and stays so in the layer's dtype or format. Writes nothing."""
     old = quantized_weight(layer)
     if old is None:
-        stored = weight.to(layer.weight.dtype)  # type: ignore[arg-type, union-attr]
+        stored = weight.to(getattr(layer, name).dtype)
     else:
         stored = weight.half() if old.bits == 8 else weight  # 8-bit codes are taken from the weight in fp16
     return bool(stored.isfinite().all())
@@ -82,19 +107,22 @@ def is_bypassed(layer: nn.Module) -> bool:
 
 
 def is_dense_linear(layer: nn.Module) -> bool:
-    """A torch.nn.Linear that is called and holds a plain floating-point matrix (not k bits, not a tensor subclass).
+    """A torch.nn.Linear, or a Conv1D of transformers, that is called and holds a plain floating-point matrix (not k
+    bits, not a tensor subclass).
 
     bitsandbytes' Linear8bitLt with `has_fp16_weights` is one.
     """
-    if not isinstance(layer, nn.Linear) or is_bypassed(layer):
+    if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or is_bypassed(layer):
         return False
     if bitsandbytes.is_kbit(layer):
         return False
-    return type(layer.weight.data) is torch.Tensor and layer.weight.is_floating_point()
+    weight: Any = layer.weight
+    return type(weight.data) is torch.Tensor and weight.is_floating_point()
 
 
 def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:
-    """The layer's weight where multiplying by it may replace calling the layer, else None.
+    """The layer's weight [N, K] where multiplying by it may replace calling the layer, else None. Of transformers'
+    Conv1D it is a transposed view: cuBLAS reads either layout, and no copy is made.
 
     None where a call does more: hooks, a forward put onto the instance (accelerate's offloading), a subclass with a
     forward of its own. Such a layer is called.
@@ -105,4 +133,8 @@ def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:
     quantized = quantized_weight(layer)
     if quantized is not None:
         return quantized
-    return layer.weight if type(layer).forward is nn.Linear.forward else None  # type: ignore[return-value]
+    if type(layer).forward is nn.Linear.forward:
+        return layer.weight  # type: ignore[return-value]
+    if is_conv1d(layer) and type(layer).forward is _conv1d().forward:
+        return layer.weight.t()  # type: ignore[operator, union-attr]
+    return None

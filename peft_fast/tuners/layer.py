@@ -113,6 +113,7 @@ class BaseTunerLayer(AdapterHolder):
     """A layer of the base model (`base_layer`) with adapters around it."""
 
     base_layer: nn.Module
+    weight_name = "weight"  # the parameter of the base layer that adapters are added to
     backend: str | None = None  # "triton" or "torch": for this layer, whatever the process-wide choice is
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -129,8 +130,8 @@ class BaseTunerLayer(AdapterHolder):
         return layer
 
     def base_weight(self) -> Tensor | QuantizedWeight:
-        """The base layer's weight [N, K] as the ops take it: the dense tensor, or the k-bit one without a copy."""
-        return base_weight(self.get_base_layer())
+        """The base layer's weight as it is stored: the dense tensor, or the k-bit one without a copy."""
+        return base_weight(self.get_base_layer(), self.weight_name)
 
     @property
     def weight(self) -> Tensor:  # some models read linear.weight.dtype or .device
@@ -138,7 +139,7 @@ class BaseTunerLayer(AdapterHolder):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.get_base_layer().bias  # type: ignore[return-value]
+        return getattr(self.get_base_layer(), "bias", None)
 
     @property
     def merged(self) -> bool:
@@ -148,15 +149,16 @@ class BaseTunerLayer(AdapterHolder):
         """The active adapters that this layer has; none while it is merged or all are switched off."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        attributes = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        return [name for name in self._active_adapter if any(name in container for container in attributes)]
+        return [
+            name for name in self._active_adapter if any(name in getattr(self, a) for a in self.adapter_layer_names)
+        ]
 
     def route(self, tokens: int) -> Choice:
         """What a forward of so many tokens, in the layer's own dtype, runs now, and why: a row of `explain`."""
         return Choice(type(self).__name__, "reference", "this method has no kernels of its own")
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight: float32 [N, K], unrounded so that merging rounds once."""
+        """What the adapter adds to the base weight, in its layout: float32, unrounded so that merging rounds once."""
         raise NotImplementedError(f"{type(self).__name__} does not merge")
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
@@ -176,7 +178,12 @@ class BaseTunerLayer(AdapterHolder):
         device = torch.device("meta") if on_meta else weight.device
         for attribute in self.adapter_layer_names:
             container = getattr(self, attribute)
-            if adapter_name in container:
+            if adapter_name not in container:
+                continue
+            if isinstance(container, nn.ParameterDict):
+                weights = container[adapter_name]
+                weights.data = weights.data.to(device, None if keep_dtype else dtype)
+            else:
                 container[adapter_name] = container[adapter_name].to(device, None if keep_dtype else dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -204,6 +211,7 @@ class BaseTunerLayer(AdapterHolder):
             set_quantized_weight(base, weight.to(self.base_weight().device))
             if bias is not None:
                 base.bias.copy_(bias)
+            self.base_changed()
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -218,7 +226,7 @@ class BaseTunerLayer(AdapterHolder):
         here = [name for name in wanted if name in self.available_adapters()]
         names = [name for name in here if name not in self.merged_adapters]
         if names:
-            check_writable(self.get_base_layer())
+            check_writable(self.get_base_layer(), self.weight_name)
         for name in names:
             if self.bias is None and self.get_delta_bias(name) is not None:
                 raise ValueError(
@@ -234,7 +242,7 @@ class BaseTunerLayer(AdapterHolder):
         if not adapter_names:
             return None
         weight, bias = self.shifted_base(adapter_names)
-        if can_hold(self.get_base_layer(), weight) and (bias is None or bool(bias.isfinite().all())):
+        if can_hold(self.get_base_layer(), weight, self.weight_name) and (bias is None or bool(bias.isfinite().all())):
             return None
         return (
             f"merging {list(adapter_names)} gives inf or NaN in the weight: the adapter is broken; nothing was merged"
@@ -260,7 +268,8 @@ class BaseTunerLayer(AdapterHolder):
 
     @torch.no_grad()
     def shifted_base(self, adapter_names: Sequence[str], sign: int = 1) -> tuple[Tensor, Tensor | None]:
-        """The base weight [N, K] plus or minus what these adapters change, unrounded: in fp32, or fp64 for fp64.
+        """The base weight, in its layout, plus or minus what these adapters change, unrounded: in fp32, or fp64 for
+        fp64.
 
         A k-bit weight that adapters are merged into counts as the exact one that was kept, plus these adapters. The
         bias [N] likewise, or None where the adapters leave it alone. Nothing is written.
@@ -271,17 +280,27 @@ class BaseTunerLayer(AdapterHolder):
             weight, names = exact.to(weight.device), [*self.merged_adapters, *names]
         dense = ops.dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight
         total = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        total = self.shifted_weight(total, names, sign)
         changed = False
         for name in names:
-            total = total + sign * self.get_delta_weight(name)
             change = self.get_delta_bias(name)
             if change is not None:
                 bias, changed = bias + sign * change, True  # type: ignore[operator]
         return total, bias if changed else None
 
+    def shifted_weight(self, weight: Tensor, adapter_names: Sequence[str], sign: int) -> Tensor:
+        """The unrounded `weight` with these adapters merged into it, or with sign -1 without them again."""
+        for name in adapter_names:
+            weight = weight + sign * self.get_delta_weight(name)
+        return weight
+
     @torch.no_grad()
     def _write_base(self, weight: Tensor, bias: Tensor | None) -> None:
         base = self.get_base_layer()
-        set_base_weight(base, weight)
+        set_base_weight(base, weight, self.weight_name)
         if bias is not None:
             base.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        self.base_changed()
+
+    def base_changed(self) -> None:
+        """Called after the base weight was written to, for what a layer keeps of it."""

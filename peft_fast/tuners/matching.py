@@ -110,14 +110,24 @@ def adaptable_paths(model: nn.Module) -> list[str]:
 
 def all_linear(model: nn.Module) -> set[str]:
     """The linear layers of the model but its output layer, by the shortest names that mean exactly these."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head = embedding_of(model, "get_output_embeddings")
     paths = adaptable_paths(model)
     linear = [path for path in paths if (m := model.get_submodule(path)) is not head and _is_linear(m)]
     if not linear:
         raise ValueError(f"target_modules {ALL_LINEAR!r} found no linear layer in {type(model).__name__}")
     ambiguous = {end for path in set(paths) - set(linear) for end in ends(path)}
     return {next((end for end in ends(path) if end not in ambiguous), path) for path in linear}
+
+
+def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """What transformers' `get_input_embeddings` or `get_output_embeddings` gives; None where the model has neither, or
+    none that it knows of: for models of sound the getters raise."""
+    if not hasattr(model, getter):
+        return None
+    try:
+        return getattr(model, getter)()
+    except NotImplementedError:
+        return None
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -149,6 +159,8 @@ def targets_in(tuner: Any, state_dict: Mapping[str, Any], config: Any) -> set[st
     named = {key.rpartition(mark)[0].removeprefix("_orig_mod.") for key in state_dict if mark in key}
     named = {path.removeprefix("base_model.model.") for path in named}
     paths = adaptable_paths(tuner.model)
+    # An adapted layer may hold another: the attention, say, that "attention.base_layer.out_proj" lies in.
+    named = {path if path in paths else path.partition(".base_layer.")[0] for path in named}
     found = {path for path in named if path in paths}
     if not found:
         raise ValueError(

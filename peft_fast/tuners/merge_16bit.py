@@ -62,6 +62,11 @@ def _check(model: Any, dtype: torch.dtype) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
+        if layer.weight_name != "weight":
+            raise ValueError(
+                f"merge_to_16bit knows no {type(layer.get_base_layer()).__name__}, which is at {path}: call "
+                "merge_and_unload(), and cast the model"
+            )
         check_writable(layer.get_base_layer())
         others = [name for name in users.get(layer.weight, []) if not name.startswith(f"{path}.")]  # type: ignore[call-overload]
         if others:
@@ -91,13 +96,13 @@ def _plain(path: str, layer: nn.Module, adapter_names: Sequence[str], dtype: tor
     if isinstance(layer, BaseTunerLayer):
         here = [name for name in adapter_names if name in layer.available_adapters()]
         base: Any = layer.get_base_layer()
-        if base.bias is None and any(layer.get_delta_bias(name) is not None for name in here):
+        if layer.bias is None and any(layer.get_delta_bias(name) is not None for name in here):
             raise ValueError(
                 f"an adapter of {path} has a bias and the layer has none to merge it into: a plain model has no place "
                 "for it"
             )
         weight, bias = layer.shifted_base([name for name in here if name not in layer.merged_adapters])
-        bias = base.bias if bias is None else bias
+        bias = layer.bias if bias is None else bias
     else:
         base, quantized = layer, quantized_weight(layer)
         assert quantized is not None
@@ -111,7 +116,7 @@ def _plain(path: str, layer: nn.Module, adapter_names: Sequence[str], dtype: tor
 
 def _with_values(layer: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """The dense layer itself, with new parameters: those it had keep their values, for the case of an error later."""
-    flags = layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad
+    flags = layer.weight.requires_grad, bias is not None and layer.bias.requires_grad
     layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=dtype), requires_grad=flags[0])
     set_base_weight(layer, weight)
     if bias is not None:

@@ -7,6 +7,9 @@ from typing import Any
 from torch import nn
 
 from .layer import BaseTunerLayer
+from .matching import embedding_of
+
+ENDS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -17,7 +20,7 @@ def warn_of_adapting(model: Any, paths: Sequence[str]) -> None:
     """Where the adapter of the layers at `paths` changes one of the two alone."""
     if not is_tied(model):
         return
-    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [embedding_of(model, name) for name in ENDS]
     tied = [path for path in paths if any(model.get_submodule(path) is end for end in ends)]
     if tied:
         warnings.warn(
@@ -29,8 +32,8 @@ def warn_of_adapting(model: Any, paths: Sequence[str]) -> None:
 
 
 def warn_of_merging(model: Any) -> None:
-    """Where merging into the output layer writes the embedding's weight too."""
-    if is_tied(model) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+    """Where merging into one of the two writes the other's weight too."""
+    if is_tied(model) and any(isinstance(embedding_of(model, name), BaseTunerLayer) for name in ENDS):
         warnings.warn(
             "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
             stacklevel=4,

@@ -39,7 +39,7 @@ def gpt2():
         ({"target_modules": "q_proj"}, ValueError, "'q_proj' not found in the base model: did you mean q_proj"),
         ({"target_modules": []}, ValueError, r"target_modules \[\] not found"),
         ({"target_modules": ["self_attn"]}, ValueError, "cannot adapt model.layers.0.self_attn, a LlamaAttention"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ValueError, "embed_tokens, a Embedding"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, ValueError, "input_layernorm, a LlamaRMSNorm"),
         ({"exclude_modules": ["q_proj", "v_proj"]}, ValueError, "exclude_modules=.* takes all of them away"),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [7]},
@@ -73,8 +73,8 @@ def test_models_without_a_default_target(untouched):
 
 def test_layers_of_other_kinds(untouched):
     base = gpt2()
-    with untouched(base), pytest.raises(ValueError, match="a Conv1D: it adapts "):
-        get_peft_model(base, LoraConfig())
+    with untouched(base), pytest.raises(ValueError, match="a LayerNorm: it adapts "):
+        get_peft_model(base, LoraConfig(target_modules=["c_attn", "ln_1"]))
 
 
 def test_a_rank_that_was_set_to_nothing_afterwards(llama, untouched):
@@ -82,8 +82,8 @@ def test_a_rank_that_was_set_to_nothing_afterwards(llama, untouched):
     config.r = 0
     with untouched(base), pytest.raises(ValueError, match="r must be a positive integer, got 0"):
         get_peft_model(base, config)
-    config.r, config.use_dora = 4, True
-    with untouched(base), pytest.raises(NotImplementedError, match="use_dora"):
+    config.r, config.use_qalora = 4, True
+    with untouched(base), pytest.raises(NotImplementedError, match="use_qalora"):
         get_peft_model(base, config)
 
 
@@ -192,9 +192,9 @@ class TestFiles:
     def test_unknown_keys_and_options(self, llama, saved, untouched):
         change(saved, rnak=4)
         self.refused(llama(), saved, untouched, "unknown config key .*'rnak'", TypeError)
-        change(saved, rnak=None, use_dora=True)
-        self.refused(llama(), saved, untouched, "use_dora", NotImplementedError)
-        change(saved, use_dora=False, r=0)
+        change(saved, rnak=None, use_qalora=True)
+        self.refused(llama(), saved, untouched, "use_qalora", NotImplementedError)
+        change(saved, use_qalora=False, r=0)
         self.refused(llama(), saved, untouched, "r must be a positive integer, got 0")
         change(saved, r=4, peft_type="IA3")
         self.refused(llama(), saved, untouched, "IA3 is not built", NotImplementedError)

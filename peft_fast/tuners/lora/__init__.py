@@ -1,6 +1,23 @@
+from .attention import MultiheadAttention
 from .config import LoraConfig, LoraRuntimeConfig
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
 from .layer import Linear, LoraLayer
+from .linear_like import LinearLike
 from .mlp import set_lora_mlp
 from .model import LoraModel
 
-__all__ = ["Linear", "LoraConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig", "set_lora_mlp"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LinearLike",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MultiheadAttention",
+    "set_lora_mlp",
+]

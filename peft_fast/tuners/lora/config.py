@@ -7,8 +7,11 @@ name: NOT_BUILT is the list.
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from torch import nn
 
 from peft_fast.config import PeftConfig
 from peft_fast.peft_types import PeftType
@@ -21,7 +24,6 @@ NOT_BUILT = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
@@ -53,7 +55,8 @@ class LoraConfig(PeftConfig):
     target_modules: names of modules (the whole path or its end), or one regular expression for the whole path, or
       "all-linear" (all but the output layer), or None (by the model's architecture). exclude_modules: likewise, taken
       away.
-    lora_dropout: probability, on the adapter's input. fan_in_fan_out: weights lie [in, out], as in no layer so far.
+    lora_dropout: probability, on the adapter's input. fan_in_fan_out: weights lie [in, out], as in transformers' Conv1D
+      layers; it is set by the layers that are found.
     bias: which biases of the base model are trained: "none", "all", "lora_only" (those of adapted layers).
     lora_bias: B has a bias of its own.
     init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero), or False
@@ -61,11 +64,21 @@ class LoraConfig(PeftConfig):
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     modules_to_save: names of modules that are trained and saved whole.
+    use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
     """
 
-    tied_to_weights = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias")
+    tied_to_weights = (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+    )
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -106,6 +119,7 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
         if isinstance(self.target_modules, (list, tuple)) and _are_strings(self.target_modules):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)) and _are_strings(self.exclude_modules):
@@ -113,6 +127,28 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.check()
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Adapt layers of other types, {type of layer: class of its LoRA layer}: peft's experimental extension point.
+
+        The class is tried before the built-in ones, is a subclass of peft_fast.tuners.lora.LoraLayer, and is called as
+
+            cls(layer, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
+
+        It calls LoraLayer.__init__(layer) and update_layer(adapter_name, r, lora_alpha, config), which asks
+        `make_factors` for the weights in lora_A and lora_B; `forward` uses them for `adapters_in_effect()`, and
+        `get_delta_weight` is what merging adds. For a linear layer in a foreign format, see LinearLike. The mapping is
+        of this process: it is not saved, and has to be registered again before such an adapter is loaded.
+        """
+        for layer, cls in mapping.items():
+            if not (isinstance(layer, type) and isinstance(cls, type)):
+                raise TypeError(f"the mapping must be from classes to classes, got {layer!r}: {cls!r}")
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    def custom_class(self, layer: nn.Module) -> type[nn.Module] | None:
+        """The class registered for a layer of this type, or None."""
+        mapping = self._custom_modules or {}
+        return next((cls for kind, cls in mapping.items() if isinstance(layer, kind)), None)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -136,6 +172,8 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: the indices within that list of layers")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias needs init_lora_weights True or False, got {self.init_lora_weights!r}")
 
@@ -174,7 +212,7 @@ def _check_types(config: LoraConfig) -> None:
     )
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
-    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"):
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:
         if not fits:
@@ -221,8 +259,10 @@ def _are_strings(values: Any) -> bool:
     return isinstance(values, (list, tuple, set)) and all(isinstance(value, str) for value in values)
 
 
-def without_fan_in_fan_out(config: LoraConfig) -> None:
-    """Linear layers keep their weight [out, in]: peft resets the option for them with a warning, and so do we."""
-    if config.fan_in_fan_out:
-        warnings.warn("fan_in_fan_out=True is for Conv1D layers; the targets are linear: set to False", stacklevel=2)
-        config.fan_in_fan_out = False
+def set_fan_in_fan_out(config: LoraConfig, conv1d: bool) -> None:
+    """Only transformers' Conv1D keeps its weight [in, out]: peft sets the option by the layer with a warning, and so do
+    we."""
+    if config.fan_in_fan_out != conv1d:
+        kind = "Conv1D layers, which keep" if conv1d else "linear layers, which do not keep"
+        warnings.warn(f"the targets are {kind} their weight [in, out]: fan_in_fan_out is set to {conv1d}", stacklevel=2)
+        config.fan_in_fan_out = conv1d

@@ -1,11 +1,15 @@
-"""LoRA around a linear layer: y = x W^T + bias + sum over active adapters of scale * (dropout(x) A^T) B^T.
+"""What every LoRA layer has, and LoRA around a linear layer:
+
+    y = x W^T + bias + sum over active adapters of scale * (dropout(x) A^T) B^T
 
 One call of ops.lora_linear does the base layer and the first adapter; further adapters are added onto its result.
-A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by adapter name.
+A is [r, in_features], B is [out_features, r], as torch.nn.Linear modules by adapter name. The other kinds of layers are
+in embedding.py, conv.py and attention.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,28 +18,157 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import matmul_weight
+from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
+from . import dora
 from .config import LoraConfig
 
 
 class LoraLayer(BaseTunerLayer):
     """The adapters' weights and numbers, whatever kind of layer they are around."""
 
-    adapter_layer_names = ("lora_A", "lora_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+    dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
+    out_dim = 0  # of the base weight: along the out features
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._squares: tuple[Any, ...] | None = None  # of the base weight's rows, for DoRA: see kept_squares
+        self.kept_norms: dict[str, tuple[Any, ...]] = {}  # by adapter, under DoraCaching
+        self._merged_factors: dict[str, Tensor] = {}  # of merged adapters with DoRA, by which the weight was multiplied
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
+        """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_dora[adapter_name] = config.use_dora
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = self.initial_scale(adapter_name)
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.make_factors(adapter_name, r, config)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.place_adapter(adapter_name)
+        if config.use_dora:
+            self.add_magnitude(adapter_name)
+
+    def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
+        """Make the adapter's A and B, as their modules draw them."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what its A and B are")
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """False leaves both matrices as their modules draw them."""
+        A, B = self.factors(adapter_name)
+        if init_lora_weights is False:
+            return
+        if init_lora_weights is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
+
+    def factors(self, adapter_name: str) -> tuple[Any, Any]:
+        """(A, B), modules with a `weight`."""
+        return self.lora_A[adapter_name], self.lora_B[adapter_name]
+
+    def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
+        """x as the adapter's A gets it: in A's dtype, after dropout."""
+        return self.lora_dropout[adapter_name](x.to(self.factors(adapter_name)[0].weight.dtype))
+
+    def add_magnitude(self, adapter_name: str) -> None:
+        """Give the adapter the magnitudes of DoRA."""
+        if self.dora_layer is None:
+            raise ValueError(
+                f"use_dora is not for a {type(self.get_base_layer()).__name__}: leave these layers out of "
+                "target_modules, or use_dora"
+            )
+        magnitude = dora.initial_magnitude(self, adapter_name)
+        shape = [1, -1, *(1 for _ in self.weight.shape[2:])] if self.weight.dim() > 2 else [-1]
+        self.lora_magnitude_vector[adapter_name] = self.dora_layer(magnitude.view(shape))
+
+    def dora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """(A [R, K], B [N, R]) as matrices."""
+        A, B = self.factors(adapter_name)
+        return A.weight.flatten(1), B.weight.flatten(1)
+
+    def rows_of_base(self) -> Tensor | QuantizedWeight:
+        """The base weight as a matrix [N, K], a row an out feature, without a copy."""
+        weight = self.base_weight()
+        if not isinstance(weight, Tensor):
+            return weight
+        return weight.flatten(1) if self.out_dim == 0 else weight.t()
+
+    def kept_squares(self) -> Tensor:
+        """|W|^2 of every row, computed when the base weight has changed: through a merge, or by torch's count of
+        in-place changes. What is written through `.data` is not counted: call base_changed() then."""
+        rows = self.rows_of_base()
+        if torch.compiler.is_compiling():
+            return ops.row_squares(rows) if self._squares is None else self._squares[-1]
+        own: Any = rows.data if isinstance(rows, QuantizedWeight) else self.weight
+        key = (own.data_ptr(), own._version, own.dtype, rows.shape)
+        if self._squares is None or self._squares[0] is not self.weight or self._squares[1] != key:
+            self._squares = (self.weight, key, ops.row_squares(rows))
+        return self._squares[-1]
+
+    def base_changed(self) -> None:
+        self._squares = None
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.kept_norms.clear()
+        return super().train(mode)
+
+    def shifted_weight(self, weight: Tensor, adapter_names: Sequence[str], sign: int) -> Tensor:
+        """DoRA multiplies what is there by m / |W + delta|, W being the weight without any adapter, as in forward."""
+        shape = [-1 if dim == self.out_dim else 1 for dim in range(weight.dim())]
+        if sign < 0:
+            for name in reversed(adapter_names):
+                if name in self.lora_magnitude_vector:
+                    weight = weight / self._merged_factors[name].view(shape)
+                weight = weight - self.get_delta_weight(name)
+            return weight
+        plain = weight
+        if (
+            self.merged_adapters
+            and self._unmerged is None
+            and any(n in self.lora_magnitude_vector for n in adapter_names)
+        ):
+            plain = self.shifted_weight(weight, self.merged_adapters, -1)
+        for name in adapter_names:
+            delta = self.get_delta_weight(name)
+            weight = weight + delta
+            if name in self.lora_magnitude_vector:
+                others = [dim for dim in range(weight.dim()) if dim != self.out_dim]
+                norms = torch.linalg.vector_norm(plain + delta, dim=others)
+                magnitude: Any = self.lora_magnitude_vector[name].weight
+                self._merged_factors[name] = magnitude.detach().view(-1).to(norms.dtype) / norms
+                weight = weight * self._merged_factors[name].view(shape)
+        return weight
+
+    def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:
+        """In a file the magnitudes have no ".weight" at the end."""
+        keys = super().adapter_state_keys(adapter_name)
+        return {
+            key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): name for key, name in keys.items()
+        }
 
     def _get_name(self) -> str:
         """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
@@ -81,61 +214,49 @@ class LoraLayer(BaseTunerLayer):
         if merged:
             raise ValueError(f"adapters {merged} are merged with the scale that they have: call unmerge_adapter first")
 
+    def __getattr__(self, name: str) -> Any:
+        """Also the numbers of the base layer that torch lists as its constants: some models read conv.stride."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = vars(self).get("_modules", {}).get("base_layer")
+            if name in getattr(base, "__constants__", ()):
+                return getattr(base, name)
+            raise
+
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
 
 
 class Linear(LoraLayer):
-    """LoRA around torch.nn.Linear, bitsandbytes' Linear4bit and Linear8bitLt, or our QuantizedLinear.
+    """LoRA around torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, or our
+    QuantizedLinear.
 
     A k-bit weight is multiplied by in floating point, in training and in eval mode. bitsandbytes does so too, but for
     Linear8bitLt in eval mode (on a GPU always): that rounds activations to 8 bits, row by row, and so differs by about
     a hundredth of an output's size.
     """
 
+    dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
-        base: Any = self.get_base_layer()
-        self.in_features: int = base.in_features
-        self.out_features: int = base.out_features
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.fan_in_fan_out = is_conv1d(self.get_base_layer())
+        self.out_dim = int(self.fan_in_fan_out)
         self.update_layer(adapter_name, r, lora_alpha, config)
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
-        """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.scaling[adapter_name] = self.initial_scale(adapter_name)
-        self.lora_bias[adapter_name] = config.lora_bias
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self.place_adapter(adapter_name)
-
-    def factors(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear]:
-        """(A, B)"""
-        return self.lora_A[adapter_name], self.lora_B[adapter_name]  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """False leaves both matrices as nn.Linear draws them."""
-        A, B = self.factors(adapter_name)
-        if init_lora_weights is False:
-            return
-        if init_lora_weights is True:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        else:
-            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
-        nn.init.zeros_(B.weight)
-        if B.bias is not None:
-            nn.init.zeros_(B.bias)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """[N, K] in fp32; [K, N] for transformers' Conv1D, as it keeps its weight."""
         A, B = self.factors(adapter_name)
         wide = torch.promote_types(A.weight.dtype, torch.float32)
-        return self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+        delta = self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+        return delta.t() if self.fan_in_fan_out else delta
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
         _, B = self.factors(adapter_name)
@@ -147,23 +268,54 @@ class Linear(LoraLayer):
             self.unmerge()
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else matmul_weight(self.base_layer)
+        if any(name in self.lora_magnitude_vector for name in adapters):
+            return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
-            return self._add(self.base_layer(x, *args, **kwargs), x, adapters)
+            return self.plus(self.base_layer(x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
-            return self._add(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
+            return self.plus(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.
-        dtype = getattr(self.base_layer, "compute_dtype", None)
-        if dtype is None or torch.is_autocast_enabled(x.device.type):
-            dtype = None
+        dtype = self._own_dtype(x)
         if len(adapters) == 1:
             y = self._base_and(adapters[0], x, weight, dtype)  # keeps x as it is, not a cast of it
             return y if dtype is None else y.to(x.dtype)
         z = x if dtype is None else x.to(dtype)
         if adapters:
-            y = self._add(self._base_and(adapters[0], z, weight, None), z, adapters[1:])
+            y = self.plus(self._base_and(adapters[0], z, weight, None), z, adapters[1:])
         else:
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         return y if dtype is None else y.to(x.dtype)
+
+    def _own_dtype(self, x: Tensor) -> torch.dtype | None:
+        """In which dtype the base layer says to compute; None where it says none, or an autocast region does."""
+        return None if torch.is_autocast_enabled(x.device.type) else getattr(self.base_layer, "compute_dtype", None)
+
+    def _with_magnitudes(
+        self, x: Tensor, adapters: list[str], weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+        y = dora.forward(self, x if dtype is None else x.to(dtype), adapters, weight, *args, **kwargs)
+        return y if dtype is None else y.to(x.dtype)
+
+    def base(self, x: Tensor, weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + bias; `weight` as matmul_weight gives it."""
+        if isinstance(weight, QuantizedWeight):
+            return ops.quant_matmul(x, weight, self.bias, backend=self.backend)
+        return self.base_layer(x, *args, **kwargs)
+
+    def product(
+        self, name: str, x: Tensor, weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """W x + scale * B A x, without a bias or dropout."""
+        A, B = self.factors(name)
+        scale = self.scaling[name]
+        if weight is not None:
+            return ops.lora_linear(x, weight, A.weight, B.weight, scale, backend=self.backend)
+        y = self.base_layer(x, *args, **kwargs)
+        y = y if self.bias is None else y - self.bias
+        return ops.lora_up_add(
+            y, ops.lora_down(x, A.weight, backend=self.backend), B.weight, scale, backend=self.backend
+        )
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
@@ -183,7 +335,12 @@ class Linear(LoraLayer):
         fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
         call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
         if adapters:
-            return ops.choose(call, self.backend)
+            choice = ops.choose(call, self.backend)
+            if any(name in self.lora_magnitude_vector for name in adapters):
+                choice = replace(
+                    choice, because=f"{choice.because}; DoRA: and one product more, of {R} rows, for norms"
+                )
+            return choice
         base = ops.choose_product(call, self.backend)
         return Choice("base_layer", "base", f"the adapters are {reason}; {base.route} by {base.backend}", base.backend)
 
@@ -203,7 +360,7 @@ class Linear(LoraLayer):
             dropout_p=layer.dropout_p, dropout_key=layer.dropout_key,
         )  # fmt: skip
 
-    def _add(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+    def plus(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus what these adapters make of x."""
         for name in names:
             A, B = self.factors(name)

@@ -264,6 +264,8 @@ def _layer(layer: Any) -> tuple[Any, str | None, Tensor | QuantizedWeight] | str
         base, adapters = layer.base_layer, layer.adapters_in_effect()
         if len(adapters) > 1:
             return "has several active adapters"
+        if adapters and adapters[0] in layer.lora_magnitude_vector:
+            return "has an adapter with DoRA"
     if _is_touched(layer):
         return "has hooks or a forward of its own"
     weight = matmul_weight(base)

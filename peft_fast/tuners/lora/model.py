@@ -8,14 +8,25 @@ import torch
 from torch import nn
 
 from peft_fast.tuners.base import BaseTuner
-from peft_fast.tuners.base_weight import is_bypassed, is_dense_linear, quantized_weight
+from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import by_pattern
 from peft_fast.tuners.targets import LORA_TARGETS
 
-from .config import LoraConfig, without_fan_in_fan_out
-from .layer import Linear
+from .attention import MultiheadAttention
+from .config import LoraConfig, set_fan_in_fan_out
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
+
+OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.MultiheadAttention: MultiheadAttention,
+}
 
 
 class LoraModel(BaseTuner):
@@ -25,22 +36,16 @@ class LoraModel(BaseTuner):
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
-        if isinstance(target, Linear):
+        if isinstance(target, LoraLayer):
             target.update_layer(adapter_name, r, alpha, config)
             return target
-        if is_bypassed(target):
-            raise ValueError(
-                f"LoRA cannot adapt {path}: torch.nn.MultiheadAttention uses the weight of this layer without calling "
-                "it, so the adapter would never run. Leave it out with exclude_modules"
-            )
-        if isinstance(target, BaseTunerLayer) or not (is_dense_linear(target) or quantized_weight(target) is not None):
-            raise ValueError(
-                f"LoRA cannot adapt {path}, a {type(target).__name__}: it adapts torch.nn.Linear, bitsandbytes' "
-                "Linear4bit and Linear8bitLt, and peft_fast.QuantizedLinear so far. Name other target_modules or use "
-                "exclude_modules"
-            )
-        without_fan_in_fan_out(config)
-        return Linear(target, adapter_name, config=config, r=r, lora_alpha=alpha)
+        custom = config.custom_class(target)
+        if custom is not None:
+            return _of_custom_class(custom, target, path, adapter_name, config=config, r=r, lora_alpha=alpha)
+        cls = _layer_class(target, path)
+        if cls is Linear:
+            set_fan_in_fan_out(config, is_conv1d(target))
+        return cls(target, adapter_name, config=config, r=r, lora_alpha=alpha)
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
@@ -91,3 +96,33 @@ class LoraModel(BaseTuner):
         model = super()._unload(with_copies_of)
         restore_mlps(model)
         return model
+
+
+def _layer_class(target: nn.Module, path: str) -> Any:
+    """The LoRA layer for `target`. Raises ValueError where there is none."""
+    if is_bypassed(target):
+        raise ValueError(
+            f"LoRA cannot adapt {path}: torch.nn.MultiheadAttention uses the weight of this layer without calling it, "
+            "so the adapter would never run. Name the attention itself, or leave this out with exclude_modules"
+        )
+    if not isinstance(target, BaseTunerLayer):
+        if is_dense_linear(target) or quantized_weight(target) is not None:
+            return Linear
+        for kind, cls in OTHER_LAYERS.items():
+            if isinstance(target, kind):
+                return cls
+    raise ValueError(
+        f"LoRA cannot adapt {path}, a {type(target).__name__}: it adapts torch.nn.Linear, Embedding, Conv1d, Conv2d, "
+        "Conv3d and MultiheadAttention, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, and "
+        "peft_fast.QuantizedLinear. Name other target_modules, use exclude_modules, or see LoraConfig's "
+        "_register_custom_module"
+    )
+
+
+def _of_custom_class(cls: Any, target: nn.Module, path: str, adapter_name: str, **arguments: Any) -> nn.Module:
+    layer = cls(target, adapter_name, **arguments)
+    if not isinstance(layer, LoraLayer):
+        raise TypeError(
+            f"the custom class for {path} must be a subclass of peft_fast.tuners.lora.LoraLayer, got {cls.__name__}"
+        )
+    return layer

@@ -1,0 +1,136 @@
+"""DoRA (arXiv 2402.09353): the merged weight's direction, and a magnitude of its own for every out feature.
+
+    y = m / |W + scale * B A| * (W x + scale * B A dropout(x)) + bias
+
+The norm is a constant to the gradients (section 4.3 of the paper). It is taken from |W|^2, which is kept, and from
+W A^T: W + scale * B A is never made (ops/dora.py). Under dropout in training W x is dropped out too where the magnitude
+changes it: y = W x + bias + (factor - 1) * W d + factor * scale * B A d with d = dropout(x), as in peft.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import ops
+from peft_fast.quant.weight import QuantizedWeight
+
+
+class DoraLayer(nn.Module):
+    """The magnitudes of one adapter."""
+
+    def __init__(self, magnitude: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(magnitude)
+
+    def __repr__(self) -> str:
+        return f"lora.dora.{super().__repr__()}"
+
+
+class DoraLinearLayer(DoraLayer):
+    """[out_features]"""
+
+
+class DoraEmbeddingLayer(DoraLayer):
+    """[embedding_dim]"""
+
+
+class DoraConv1dLayer(DoraLayer):
+    """[1, out_channels, 1]"""
+
+
+class DoraConv2dLayer(DoraLayer):
+    """[1, out_channels, 1, 1]"""
+
+
+class DoraConv3dLayer(DoraLayer):
+    """[1, out_channels, 1, 1, 1]"""
+
+
+class DoraCaching:
+    """Within `with DoraCaching():` layers in eval mode keep the norms of DoRA between forwards, a number for every out
+    feature: each saves reading its base weight once more. `DoraCaching()(enabled=True)` does so for good.
+
+    Norms are computed anew when a layer was in training mode in between, when its scale changes, and when torch counts
+    an in-place change of its adapter or base weight; what is written through `.data` is not counted.
+    """
+
+    enabled_now = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        self.before, DoraCaching.enabled_now = DoraCaching.enabled_now, self.enabled
+
+    def __exit__(self, *exception: object) -> None:
+        DoraCaching.enabled_now = self.before
+
+    def __call__(self, enabled: bool = True) -> None:
+        DoraCaching.enabled_now = enabled
+
+
+def factor(layer: Any, name: str) -> Tensor:
+    """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m."""
+    norms = _norms(layer, name)
+    return layer.lora_magnitude_vector[name].weight.view(-1).to(norms.dtype) / norms
+
+
+def _norms(layer: Any, name: str) -> Tensor:
+    (A, B), scale, squares = layer.dora_factors(name), layer.scaling[name], layer.kept_squares()
+    caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
+    if caching and name in layer.kept_norms:
+        of_squares, key, norms = layer.kept_norms[name]
+        if of_squares is squares and key == (A._version, B._version, scale):
+            return norms
+    norms = ops.merged_norms(layer.rows_of_base(), A, B, scale, squares, layer.backend)
+    if caching:
+        layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
+    return norms
+
+
+def initial_magnitude(layer: Any, name: str) -> Tensor:
+    """The norms as they are now, so that the adapter starts as LoRA does; in the base weight's dtype."""
+    weight = layer.rows_of_base()
+    A, B = layer.dora_factors(name)
+    if A.is_meta:
+        return torch.empty(B.shape[0], device="meta", dtype=weight.dtype)
+    if not bool(A.any()) or not bool(B.any()):
+        return torch.linalg.norm(weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight), dim=1)
+    return ops.merged_norms(weight, A, B, layer.scaling[name]).to(weight.dtype)
+
+
+def forward(
+    layer: Any, x: Tensor, names: list[str], weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What a linear layer gives with these adapters, some with magnitudes; each takes what those before it gave.
+
+    weight  to multiply by in place of calling the base layer, or None where it has to be called
+    """
+    y: Tensor | None = None  # until something needs W x + bias as it is
+    bias = layer.bias
+    for i, name in enumerate(names):
+        if name not in layer.lora_magnitude_vector:
+            y = layer.base(x, weight, *args, **kwargs) if y is None else y
+            y = layer.plus(y, x, [name])
+            continue
+        scaled, dropout = factor(layer, name), layer.lora_dropout[name]
+        if not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p):
+            if y is None and weight is not None:
+                z = layer.product(name, x, weight)
+            else:
+                y = layer.base(x, weight, *args, **kwargs) if y is None else y
+                z = layer.plus(y if bias is None else y - bias, x, [name])
+            y = ops.scale_columns(z, scaled, bias, backend=layer.backend)
+            continue
+        dropped = layer.dropped(name, x).to(x.dtype)
+        z = layer.product(name, dropped, weight, *args, **kwargs)
+        if i == 0 and weight is not None:
+            rest = layer.base(x - dropped, weight)  # W x - W d + bias in one product
+        else:
+            y = layer.base(x, weight, *args, **kwargs) if y is None else y
+            rest = y - layer.base(dropped, weight, *args, **kwargs)
+            rest = rest if bias is None else rest + bias
+        y = rest + ops.scale_columns(z, scaled, backend=layer.backend)
+    assert y is not None
+    return y

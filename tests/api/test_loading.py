@@ -265,3 +265,43 @@ def test_add_adapter_wants_a_config(llama, untouched):
         model.add_adapter("other", {"r": 4})
     with untouched(model), pytest.raises(TypeError, match="got a peft.tuners.lora.config.LoraConfig"):
         model.add_adapter("other", peft.LoraConfig())
+
+
+class TestTheBaseModelsStateDict:
+    def model(self, library, base):
+        options = {"target_modules": "all-linear", "modules_to_save": ["lm_head", "norm"], "lora_bias": True}
+        return library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", **options))
+
+    def test_it_is_the_one_from_before(self, llama, tokens):
+        before = llama(attention_bias=True).state_dict()
+        for library in BOTH:
+            state = library.get_base_model_state_dict(self.model(library, llama(attention_bias=True)))
+            assert state.keys() == before.keys()
+            assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+    def test_it_goes_into_a_model_with_adapters(self, llama, trained, tokens):
+        other = llama(attention_bias=True)
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        for library in BOTH:
+            model = trained(self.model(library, llama(attention_bias=True))).eval()
+            result = library.set_base_model_state_dict(model, other.state_dict())
+            assert (result.missing_keys, result.unexpected_keys) == ([], [])
+            with model.disable_adapter():
+                torch.testing.assert_close(model(tokens).logits, other(tokens).logits)
+
+    def test_what_is_not_this_models(self, llama, untouched):
+        good = llama(attention_bias=True).state_dict()
+        key = "model.layers.0.self_attn.q_proj.weight"
+        for library in BOTH:
+            model = self.model(library, llama(attention_bias=True))
+            partial = {"foreign": torch.zeros(1), **{k: 2 * v for k, v in good.items() if k != key}}
+            with untouched(model), pytest.raises(RuntimeError, match="foreign"):
+                library.set_base_model_state_dict(model, partial)
+            result = library.set_base_model_state_dict(model, partial, strict=False)
+            assert (result.missing_keys, result.unexpected_keys) == ([key], ["foreign"])
+        with (
+            untouched(model := self.model(peft_fast, llama())),
+            pytest.raises(RuntimeError, match="do not fit .*q_proj"),
+        ):
+            peft_fast.set_base_model_state_dict(model, {**llama().state_dict(), key: torch.ones(3, 3)})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
 from .inject import tuner_of
+from .renamed import renamed_keys
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.modules_to_save import ModulesToSaveWrapper
@@ -86,7 +87,7 @@ def plan_load(
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
-    found, unexpected = _by_name_in_model(state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
+    found, unexpected = _by_name_in_model(tuner.model, state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
     missing = [name for name in keys.values() if name not in found]
     if keys and len(missing) == len(keys):
         raise ValueError(
@@ -111,13 +112,18 @@ def plan_load(
 
 
 def _by_name_in_model(
-    state_dict: Mapping[str, Any], keys: Mapping[str, str], embeddings: list[str], prefix: str, adapter_name: str
+    base: nn.Module,
+    state_dict: Mapping[str, Any],
+    keys: Mapping[str, str],
+    embeddings: list[str],
+    prefix: str,
+    adapter_name: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """The file's values by their names in the model, and the file's keys that mean nothing here.
 
     Beside today's keys: names as they are in the model; those less the adapter's name; base weights without the
-    "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; and, for a model that adapters were
-    injected into, keys that a PeftModel saved.
+    "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; names that transformers has changed
+    since; and, for a model that adapters were injected into, keys that a PeftModel saved.
     """
     known = {**keys, **{prefix + name: prefix + name for name in embeddings}}
     for name in list(known.values()):
@@ -125,18 +131,22 @@ def _by_name_in_model(
         for older in (name, head + tail if head else name, name.replace(".base_layer.", ".")):
             known.setdefault(older, name)
     known = {**{key.replace("_orig_mod.", ""): name for key, name in known.items()}, **known}
+    places = {key: _place(key, known, prefix) for key in state_dict}
+    lost = [key for key, place in places.items() if place is None]
+    for key, renamed in (renamed_keys(base, lost) if lost else {}).items():
+        places[key] = known.get(prefix + renamed)
     found: dict[str, Any] = {}
-    unexpected: list[str] = []
-    for key, value in state_dict.items():
-        bare = key.replace("_orig_mod.", "")
-        place = known.get(key) or known.get(bare) or (None if prefix else known.get(bare.removeprefix(PREFIX)))
-        if place is None:
-            unexpected.append(key)
-        elif place in found:
+    for key, place in places.items():
+        if place in found:
             raise ValueError(f"the file has {place} twice, under an old key and a new one: {key!r} is one of them")
-        else:
-            found[place] = value
-    return found, unexpected
+        if place is not None:
+            found[place] = state_dict[key]
+    return found, [key for key, place in places.items() if place is None]
+
+
+def _place(key: str, known: Mapping[str, str], prefix: str) -> str | None:
+    bare = key.replace("_orig_mod.", "")
+    return known.get(key) or known.get(bare) or (None if prefix else known.get(bare.removeprefix(PREFIX)))
 
 
 def _as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import peft_fast
-from peft_fast import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft_fast import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLACE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -33,6 +42,15 @@ def saved(llama, trained, tmp_path):
         return tmp_path, model
 
     return save
+
+
+def llava():
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
 
 
 def rewrite(folder, change):
@@ -73,6 +91,31 @@ class TestOlderKeys:
         assert f"{PLACE}.bias" in load_file(folder / WEIGHTS)
         read = PeftModel.from_pretrained(llama(attention_bias=True), folder)
         assert torch.equal(read(tokens).logits, model(tokens).logits)
+
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_names_that_transformers_has_changed_since(self, trained, tmp_path, wrapped):
+        """Llava's language_model.model.layers is model.language_model.layers now."""
+        base = llava()
+        config = {"target_modules": ["q_proj"], "exclude_modules": ".*vision.*", "task_type": "CAUSAL_LM"}
+        model = trained(get_peft_model(base, LoraConfig(**config)))
+        model.save_pretrained(tmp_path)
+        state = get_peft_model_state_dict(model)
+        base = model.unload()
+        rewrite(tmp_path, lambda key: key.replace("model.model.language_model.", "model.language_model.model."))
+        if not wrapped:
+            base = inject_adapter_in_model(LoraConfig(**config), base)
+            assert set_peft_model_state_dict(base, load_peft_weights(tmp_path)) == ([], [])
+            got = get_peft_model_state_dict(base)
+            assert all(torch.equal(got[key.removeprefix("base_model.model.")], state[key]) for key in state)
+            return
+        for library in BOTH:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys|.*lacks weights")
+                read = library.PeftModel.from_pretrained(base, tmp_path)
+            got = library.get_peft_model_state_dict(read)
+            assert got.keys() == state.keys()
+            assert all(torch.equal(got[key], state[key]) for key in state)
+            base = read.unload()
 
     def test_a_weight_under_two_keys_is_refused(self, llama, saved, untouched):
         folder, _ = saved()

@@ -348,3 +348,14 @@ class TestTheBaseModelsStateDict:
             pytest.raises(RuntimeError, match="do not fit .*q_proj"),
         ):
             peft_fast.set_base_model_state_dict(model, {**llama().state_dict(), key: torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["lora", "l", "A", "w", "weight", "lora_A", "q_proj", "base_model", "layers"])
+def test_adapters_may_be_called_like_a_part_of_a_key(llama, trained, tokens, tmp_path, name):
+    """peft warns of names that are a part of "lora_"."""
+    model = get_peft_model(llama(), LoraConfig(r=4, modules_to_save=["lm_head"]), adapter_name=name)
+    trained(model).eval().save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        read = PeftModel.from_pretrained(llama(), tmp_path / name, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(read(tokens).logits, model(tokens).logits)
+        assert read.load_adapter(tmp_path / name, "default") == ([], [])

@@ -10,7 +10,12 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from .checkpoint import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
 from .explain import explain
@@ -57,6 +62,7 @@ __all__ = [
     "TunerModelStatus",
     "cast_mixed_precision_params",
     "explain",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -66,6 +72,7 @@ __all__ = [
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",
+    "set_base_model_state_dict",
     "set_lora_mlp",
     "set_peft_model_state_dict",
     "use_backend",

@@ -62,13 +62,20 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
 
 
 def _read(model_id: str | os.PathLike[str], hub_arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, **hub_arguments)
+    unreachable: ValueError | None = None
+    try:
+        path = locate(model_id, SAFETENSORS_WEIGHTS_NAME, **hub_arguments)
+    except ValueError as error:  # offline nobody can tell a file that is not there from one that was not downloaded
+        path, unreachable = None, error
     if path:
         try:
             return load_file(path)
         except (SafetensorError, OSError, *UNREADABLE) as error:
             raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
-    path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
+    try:
+        path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
+    except ValueError as error:
+        raise unreachable or error from error
     if path:
         return _read_bin(path)
     raise ValueError(f"Can't find {SAFETENSORS_WEIGHTS_NAME!r} or {WEIGHTS_NAME!r} at {str(model_id)!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
 from .inject import tuner_of
+from .renamed import renamed_keys
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.matching import embedding_of
@@ -89,7 +90,7 @@ def plan_load(
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    found, unexpected = _by_name_in_model(state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
+    found, unexpected = _by_name_in_model(tuner.model, state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
     missing = [name for name in keys.values() if name not in found]
     if keys and len(missing) == len(keys):
         raise ValueError(
@@ -114,13 +115,18 @@ def plan_load(
 
 
 def _by_name_in_model(
-    state_dict: Mapping[str, Any], keys: Mapping[str, str], embeddings: list[str], prefix: str, adapter_name: str
+    base: nn.Module,
+    state_dict: Mapping[str, Any],
+    keys: Mapping[str, str],
+    embeddings: list[str],
+    prefix: str,
+    adapter_name: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """The file's values by their names in the model, and the file's keys that mean nothing here.
 
     Beside today's keys: names as they are in the model; those less the adapter's name; base weights without the
-    "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; and, for a model that adapters were
-    injected into, keys that a PeftModel saved.
+    "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; names that transformers has changed
+    since; and, for a model that adapters were injected into, keys that a PeftModel saved.
     """
     known = {**keys, **{prefix + name: prefix + name for name in embeddings}}
     for name in list(known.values()):
@@ -128,18 +134,22 @@ def _by_name_in_model(
         for older in (name, head + tail if head else name, name.replace(".base_layer.", ".")):
             known.setdefault(older, name)
     known = {**{key.replace("_orig_mod.", ""): name for key, name in known.items()}, **known}
+    places = {key: _place(key, known, prefix) for key in state_dict}
+    lost = [key for key, place in places.items() if place is None]
+    for key, renamed in (renamed_keys(base, lost) if lost else {}).items():
+        places[key] = known.get(prefix + renamed)
     found: dict[str, Any] = {}
-    unexpected: list[str] = []
-    for key, value in state_dict.items():
-        bare = key.replace("_orig_mod.", "")
-        place = known.get(key) or known.get(bare) or (None if prefix else known.get(bare.removeprefix(PREFIX)))
-        if place is None:
-            unexpected.append(key)
-        elif place in found:
+    for key, place in places.items():
+        if place in found:
             raise ValueError(f"the file has {place} twice, under an old key and a new one: {key!r} is one of them")
-        else:
-            found[place] = value
-    return found, unexpected
+        if place is not None:
+            found[place] = state_dict[key]
+    return found, [key for key, place in places.items() if place is None]
+
+
+def _place(key: str, known: Mapping[str, str], prefix: str) -> str | None:
+    bare = key.replace("_orig_mod.", "")
+    return known.get(key) or known.get(bare) or (None if prefix else known.get(bare.removeprefix(PREFIX)))
 
 
 def _as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -251,3 +261,62 @@ def _vocabulary_was_resized(tuner: BaseTuner, adapter_name: str) -> bool:
         )
         return False
     return values.get("vocab_size", now) != now
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The base model's state dict under the names that it had before there were adapters: `model` is a PeftModel.
+
+    Values are those in use: of a merged layer with the adapters in them.
+    """
+    tuner = tuner_of(model)[0]
+    state = tuner.model.state_dict()
+    return {original: state[name] for original, name in _names_in_base(tuner, state).items()}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Load the base model's weights, under the names that it had before there were adapters, into a PeftModel.
+
+    Raises RuntimeError, as load_state_dict does, for sizes that do not fit and, where `strict`, for keys that are
+    missing or unexpected: before anything is written.
+    """
+    tuner = tuner_of(model)[0]
+    own = tuner.model.state_dict()
+    names = _names_in_base(tuner, own)
+    result = LoadResult([key for key in names if key not in state_dict], [k for k in state_dict if k not in names])
+    if strict and (result.missing_keys or result.unexpected_keys):
+        raise RuntimeError(
+            f"the state dict is not this base model's: it lacks {_some(result.missing_keys) or 'nothing'}, and has "
+            f"{_some(result.unexpected_keys) or 'nothing'} beside; strict=False loads what fits"
+        )
+    values = {names[key]: value for key, value in state_dict.items() if key in names}
+    wrong = [name for name, value in values.items() if isinstance(value, Tensor) and value.shape != own[name].shape]
+    if wrong:
+        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
+        raise RuntimeError(f"{len(wrong)} tensors of the state dict do not fit ({shapes}): it is another model's")
+    tuner.model.load_state_dict(values, strict=False)
+    return result
+
+
+def _names_in_base(tuner: BaseTuner, state: Mapping[str, Any]) -> dict[str, str]:
+    """{name in the base model: name in tuner.model} of what is no adapter's in `state`."""
+    adapters = tuple(f"{path}.{attribute}" for path, holder in tuner.holders() for attribute in _attributes(holder))
+    infixes = [
+        (f"{path}.{'base_layer' if isinstance(holder, BaseTunerLayer) else 'original_module'}.", f"{path}.")
+        for path, holder in tuner.holders()
+    ]
+    names: dict[str, str] = {}
+    for name in state:
+        if name.startswith(adapters):
+            continue
+        original = name
+        for infix, plain in reversed(infixes):  # inner ones first: their paths have the outer ones' infixes in them
+            if original.startswith(infix):
+                original = plain + original.removeprefix(infix)
+        names[original] = name
+    return names
+
+
+def _attributes(holder: Any) -> list[str]:
+    """The submodules of a holder that are adapters', as beginnings of keys."""
+    own = [name for name, _ in holder.named_children() if name not in ("base_layer", "original_module")]
+    return [f"{name}." for name in own]

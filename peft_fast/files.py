@@ -111,8 +111,9 @@ def _move(directory: Path, tag: str, moves: Mapping[Path, Path], gone: list[Path
     note, draft = directory / f"{NOTE}{tag}", directory / f".adapter_note.{tag}.new"
     done: list[Path] = []
     try:
-        for path, copy in old.items():
-            _keep(path, copy)
+        for path, copy in list(old.items()):
+            if not _keep(path, copy):  # another process of the same job was here in this moment
+                del old[path]
         if len(moves) + len(gone) > 1:
             draft.write_text("\n".join(path.name for path in gone), encoding="utf-8")
             _flush(draft)
@@ -123,7 +124,7 @@ def _move(directory: Path, tag: str, moves: Mapping[Path, Path], gone: list[Path
             _finish_move(staged, path)
         for path in gone:
             done.append(path)
-            path.unlink()
+            path.unlink(missing_ok=True)
     except BaseException:
         note.unlink(missing_ok=True)
         for path in done:
@@ -203,9 +204,12 @@ def _same(path: Path, fresh: Path) -> bool:
     return True
 
 
-def _keep(path: Path, copy: Path) -> None:
-    """A second name for the file where the file system has hard links, else a copy."""
+def _keep(path: Path, copy: Path) -> bool:
+    """A second name for the file where the file system has hard links, else a copy. False: there is no file."""
     try:
         os.link(path, copy, follow_symlinks=False)
-    except OSError:
+    except FileNotFoundError:
+        return False
+    except (OSError, NotImplementedError):
         shutil.copy2(path, copy, follow_symlinks=False)
+    return True

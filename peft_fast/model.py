@@ -265,8 +265,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
         tuner_class(config.peft_type).check_file(config, tensors)
-        config.inference_mode = not is_trainable
-        with unchanged_on_error(model):
+        with unchanged_on_error(model, config):
+            config.inference_mode = not is_trainable
             wrapper = model_class(config.task_type, default=cls)(
                 model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
             )

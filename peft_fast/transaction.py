@@ -10,13 +10,15 @@ CONTAINERS = (dict, list, set)
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put `model` back as it was if the block raises: its modules, attributes, hooks, and what is trainable.
+def unchanged_on_error(model: nn.Module, config: Any = None) -> Iterator[None]:
+    """Put `model` back as it was if the block raises: its modules, attributes, hooks, and what is trainable; and the
+    attributes of `config`.
 
     Every module's attributes and containers are noted first (submodules, parameters, hooks, dicts of scalings, ...),
     but no values of tensors: check what you write into them before you write it.
     """
     notes = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    options = dict(vars(config)) if config is not None else {}
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -25,6 +27,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
             _refill(attributes, contents)
+        if config is not None:
+            vars(config).update(options)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise

@@ -9,6 +9,15 @@ from safetensors import SafetensorError
 
 SAVING = [
     Row(
+        "tensors given that lack some of the adapter's",
+        lambda l, t: t.model(l).save_pretrained(t.folder, state_dict={}),
+        None,
+        "",
+        ("state_dict lacks 8 tensors of adapter 'default'", "q_proj.lora_A"),
+        ValueError,
+        why="peft writes a file without them",
+    ),
+    Row(
         "saving over a file",
         lambda l, t: t.model(l).save_pretrained(write(t.folder, "") / CONFIG),
         ValueError,
@@ -99,7 +108,53 @@ def resized(tools: Tools, library: Any) -> None:
 
 
 ONE = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+OLD = ONE.replace("lora_A", "lora_A.default")
 LOADING = [
+    Row(
+        "another model's adapter",
+        lambda l, t: t.load(l, t.rewritten(l, lambda v: {f"x.{key}": value for key, value in v.items()})),
+        UserWarning,
+        "missing adapter keys",
+        ("the file is no adapter for this model", "none of its 8 tensors", "such as"),
+        ValueError,
+        why="nothing would be loaded, and the model would do what it did before",
+    ),
+    Row(
+        "weights that are missing where there are no values yet",
+        lambda l, t: t.load(l, t.rewritten(l, lambda v: v.pop(ONE) is None), low_cpu_mem_usage=True),
+        UserWarning,
+        "missing adapter keys",
+        ("low_cpu_mem_usage needs every weight", "the file, which lacks", "q_proj.lora_A"),
+        ValueError,
+        why="a model with weights on the meta device cannot run",
+    ),
+    Row(
+        "weights of another scale over an adapter that is there",
+        lambda l, t: t.model(l).load_adapter(t.changed(l, lora_alpha=64), "default"),
+        None,
+        "",
+        ("trained with lora_alpha=64", "the adapter here has 8", "Load them under another name"),
+        ValueError,
+        why="peft loads them, and they do something else than in training",
+    ),
+    Row(
+        "a weight under an old key and a new one",
+        lambda l, t: t.load(l, t.rewritten(l, lambda v: v.update({OLD: v[ONE].clone()}))),
+        None,
+        "",
+        ("lora_A.default.weight twice", "under an old key and a new one"),
+        ValueError,
+        why="peft takes the one that comes last",
+    ),
+    Row(
+        "numbers of another kind",
+        lambda l, t: t.load(l, t.rewritten(l, lambda v: {key: value.int() for key, value in v.items()})),
+        None,
+        "",
+        ("8 tensors of the file do not fit", "torch.int32 for", "torch.float32"),
+        ValueError,
+        why="peft takes whole numbers for weights",
+    ),
     Row(
         "a config that is none",
         lambda l, t: t.load(l, t.saved(l), config={}),

@@ -1,5 +1,6 @@
 """Adapters on disk: what is written, what is read back, and what a crash leaves."""
 
+import copy
 import json
 import os
 import warnings
@@ -127,6 +128,15 @@ def test_a_config_can_be_given(llama, trained, tokens, tmp_path):
     assert torch.equal(read(tokens).logits, llama()(tokens).logits)
     with pytest.raises(ValueError, match="config must be a PeftConfig, got dict"):
         PeftModel.from_pretrained(llama(), tmp_path, config={})
+
+
+def test_a_config_that_was_given_is_as_before_after_an_error(llama, tmp_path, untouched):
+    adapted(llama()).save_pretrained(tmp_path)
+    config = LoraConfig(r=3, target_modules="all-linear")
+    before, base = copy.deepcopy(config), llama()
+    with untouched(base, tmp_path), pytest.raises(ValueError, match="do not fit"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert config == before
 
 
 def test_weights_of_an_adapter_that_is_there_are_replaced(llama, trained, tokens, tmp_path):

@@ -96,7 +96,8 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
         if hasattr(constants, name):
             monkeypatch.setattr(constants, name, str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(stand_in)))
+    hooks = {"request": [_http.hf_request_event_hook]}  # as huggingface_hub's own client has it: it knows of offline
+    huggingface_hub.set_client_factory(lambda: http.Client(transport=http.MockTransport(stand_in), event_hooks=hooks))
     yield stand_in
     huggingface_hub.set_client_factory(_http.default_client_factory)
 
@@ -169,6 +170,23 @@ def test_an_old_bin_is_asked_for_after_the_safetensors(hub, adapter, llama, toke
     with pytest.warns(FutureWarning, match="use_auth_token is called token now"):
         load_peft_weights("user/old", use_auth_token=TOKEN)
     assert headers_of(hub, "adapter_model.bin")[-1]["authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("how", ["offline", "local_files_only"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_was_downloaded_is_found_without_the_hub(hub, adapter, llama, tokens, tmp_path, monkeypatch, safe, how):
+    adapter.save_pretrained(tmp_path / "files", safe_serialization=safe)
+    hub.files["user/adapter", "main"] = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    PeftModel.from_pretrained(llama(), "user/adapter")
+    hub.requests.clear()
+    where = {"local_files_only": True} if how == "local_files_only" else {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
+    read = PeftModel.from_pretrained(llama(), "user/adapter", **where)
+    assert torch.equal(read(tokens).logits, adapter(tokens).logits)
+    assert not [request for request in hub.requests if "user/adapter" in request.url.path]
+    base = llama()
+    with pytest.raises(ValueError, match="neither a directory nor an adapter on the Hub that can be reached"):
+        PeftModel.from_pretrained(base, "user/never_seen", **where)
 
 
 @pytest.mark.parametrize(

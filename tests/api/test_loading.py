@@ -10,9 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import peft_fast
-from peft_fast import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft_fast import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PLACE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -33,6 +42,15 @@ def saved(llama, trained, tmp_path):
         return tmp_path, model
 
     return save
+
+
+def llava():
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
 
 
 def rewrite(folder, change):
@@ -73,6 +91,31 @@ class TestOlderKeys:
         assert f"{PLACE}.bias" in load_file(folder / WEIGHTS)
         read = PeftModel.from_pretrained(llama(attention_bias=True), folder)
         assert torch.equal(read(tokens).logits, model(tokens).logits)
+
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_names_that_transformers_has_changed_since(self, trained, tmp_path, wrapped):
+        """Llava's language_model.model.layers is model.language_model.layers now."""
+        base = llava()
+        config = {"target_modules": ["q_proj"], "exclude_modules": ".*vision.*", "task_type": "CAUSAL_LM"}
+        model = trained(get_peft_model(base, LoraConfig(**config)))
+        model.save_pretrained(tmp_path)
+        state = get_peft_model_state_dict(model)
+        base = model.unload()
+        rewrite(tmp_path, lambda key: key.replace("model.model.language_model.", "model.language_model.model."))
+        if not wrapped:
+            base = inject_adapter_in_model(LoraConfig(**config), base)
+            assert set_peft_model_state_dict(base, load_peft_weights(tmp_path)) == ([], [])
+            got = get_peft_model_state_dict(base)
+            assert all(torch.equal(got[key.removeprefix("base_model.model.")], state[key]) for key in state)
+            return
+        for library in BOTH:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys|.*lacks weights")
+                read = library.PeftModel.from_pretrained(base, tmp_path)
+            got = library.get_peft_model_state_dict(read)
+            assert got.keys() == state.keys()
+            assert all(torch.equal(got[key], state[key]) for key in state)
+            base = read.unload()
 
     def test_a_weight_under_two_keys_is_refused(self, llama, saved, untouched):
         folder, _ = saved()
@@ -265,3 +308,54 @@ def test_add_adapter_wants_a_config(llama, untouched):
         model.add_adapter("other", {"r": 4})
     with untouched(model), pytest.raises(TypeError, match="got a peft.tuners.lora.config.LoraConfig"):
         model.add_adapter("other", peft.LoraConfig())
+
+
+class TestTheBaseModelsStateDict:
+    def model(self, library, base):
+        options = {"target_modules": "all-linear", "modules_to_save": ["lm_head", "norm"], "lora_bias": True}
+        return library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", **options))
+
+    def test_it_is_the_one_from_before(self, llama, tokens):
+        before = llama(attention_bias=True).state_dict()
+        for library in BOTH:
+            state = library.get_base_model_state_dict(self.model(library, llama(attention_bias=True)))
+            assert state.keys() == before.keys()
+            assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+    def test_it_goes_into_a_model_with_adapters(self, llama, trained, tokens):
+        other = llama(attention_bias=True)
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        for library in BOTH:
+            model = trained(self.model(library, llama(attention_bias=True))).eval()
+            result = library.set_base_model_state_dict(model, other.state_dict())
+            assert (result.missing_keys, result.unexpected_keys) == ([], [])
+            with model.disable_adapter():
+                torch.testing.assert_close(model(tokens).logits, other(tokens).logits)
+
+    def test_what_is_not_this_models(self, llama, untouched):
+        good = llama(attention_bias=True).state_dict()
+        key = "model.layers.0.self_attn.q_proj.weight"
+        for library in BOTH:
+            model = self.model(library, llama(attention_bias=True))
+            partial = {"foreign": torch.zeros(1), **{k: 2 * v for k, v in good.items() if k != key}}
+            with untouched(model), pytest.raises(RuntimeError, match="foreign"):
+                library.set_base_model_state_dict(model, partial)
+            result = library.set_base_model_state_dict(model, partial, strict=False)
+            assert (result.missing_keys, result.unexpected_keys) == ([key], ["foreign"])
+        with (
+            untouched(model := self.model(peft_fast, llama())),
+            pytest.raises(RuntimeError, match="do not fit .*q_proj"),
+        ):
+            peft_fast.set_base_model_state_dict(model, {**llama().state_dict(), key: torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("name", ["lora", "l", "A", "w", "weight", "lora_A", "q_proj", "base_model", "layers"])
+def test_adapters_may_be_called_like_a_part_of_a_key(llama, trained, tokens, tmp_path, name):
+    """peft warns of names that are a part of "lora_"."""
+    model = get_peft_model(llama(), LoraConfig(r=4, modules_to_save=["lm_head"]), adapter_name=name)
+    trained(model).eval().save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        read = PeftModel.from_pretrained(llama(), tmp_path / name, name, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(read(tokens).logits, model(tokens).logits)
+        assert read.load_adapter(tmp_path / name, "default") == ([], [])

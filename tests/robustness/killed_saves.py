@@ -2,6 +2,7 @@
 
     python killed_saves.py FOLDER random TRIALS SEED     at a random moment of a loop of saves
     python killed_saves.py FOLDER steps                  before and after every single step of a save on the disk
+    python killed_saves.py FOLDER together               nobody is killed, and three save the same at a time
 
 Prints one line of JSON: how often each adapter was found, and in how many cases the moves were half done.
 """
@@ -147,9 +148,23 @@ def killed_at_every_step(folder: Path) -> dict[str, int]:
     return seen
 
 
+def together(folder: Path) -> dict[str, int]:
+    """As where is_main_process is forgotten: the same adapter by all, over another one."""
+    models, failed = adapters(), 0
+    for number in range(24):
+        old, new = ("one", "two") if number % 2 else ("two", "one")
+        save(models, old, folder)
+        children = [in_a_child(lambda new=new: save(models, new, folder)) for _ in range(3)]
+        failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in children)
+        assert found(models, folder) == new
+    return {"failed": failed, "left": len(list(folder.glob(f"{peft_fast.files.NOTE}*")))}
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     if sys.argv[2] == "random":
         print(json.dumps(killed_at_random(place, int(sys.argv[3]), int(sys.argv[4]))))
+    elif sys.argv[2] == "together":
+        print(json.dumps(together(place)))
     else:
         print(json.dumps(killed_at_every_step(place)))

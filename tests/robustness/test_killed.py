@@ -30,3 +30,7 @@ def test_killed_at_every_step(tmp_path):
 def test_killed_at_random_moments(tmp_path, trials):
     seen = run(tmp_path, "random", trials, 1)
     assert seen["one"] + seen["two"] == trials
+
+
+def test_every_process_of_a_job_saves(tmp_path):
+    assert run(tmp_path, "together") == {"failed": 0, "left": 0}

@@ -72,9 +72,8 @@ class LoraModel(BaseTuner):
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:
             return
-        without = [
-            path for path, layer in self.layers() if adapter_name in layer.available_adapters() and layer.bias is None
-        ]
+        mine = [(path, layer) for path, layer in self.layers() if adapter_name in layer.available_adapters()]
+        without = [path for path, layer in mine if getattr(layer.get_base_layer(), "bias", None) is None]
         if without:
             warnings.warn(
                 f"lora_bias=True, and the base layer of {len(without)} targets, such as {without[0]}, has no bias: the "

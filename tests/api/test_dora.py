@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import accelerate
 import bitsandbytes
 import peft
 import pytest
@@ -244,6 +245,15 @@ def test_a_base_layer_with_hooks_is_called(dropout):
         assert bool(calls) == hooked
         assert layer.route(4).route == ("added" if hooked else "reference")
     torch.testing.assert_close(*outputs)
+
+
+def test_a_layer_that_accelerate_offloads_is_refused():
+    _, layer, x = adapted(peft_fast, "linear")
+    accelerate.hooks.add_hook_to_module(layer.base_layer, accelerate.hooks.AlignDevicesHook("cpu", offload=True))
+    with pytest.raises(ValueError, match="DoRA needs the base weight for its norms, and that is on the meta device"):
+        layer(x)
+    layer.enable_adapters(False)
+    assert layer(x).isfinite().all()
 
 
 def test_the_norm_of_the_base_weight_is_computed_once_and_again_when_it_changes(monkeypatch):

@@ -1,6 +1,7 @@
 """LoRA around what is no nn.Linear: embeddings, convolutions, transformers' Conv1D, attention; beside peft itself."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 
@@ -293,6 +294,18 @@ def test_dropout_of_conv1d_layers_is_in_training_only():
 
 
 @every_layer
+def test_status_is_pefts(kind):
+    found = []
+    for library in (peft_fast, peft):
+        model, _ = adapted(library, kind)
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["layer"]))
+        model.base_model.set_adapter(["default", "other"])
+        found.append([dataclasses.asdict(layer) for layer in library.get_layer_status(model)])
+    for ours, theirs in zip(*found, strict=True):
+        assert {**ours, "quantization_backend": None} == {**theirs, "quantization_backend": None}
+
+
+@every_layer
 def test_copies_and_pickles(kind):
     model, x = adapted(peft_fast, kind)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -416,9 +429,10 @@ def test_a_dilated_convolution_merges():
     torch.testing.assert_close(model.merge_and_unload()(IMAGES), before)
 
 
-def test_attention_says_that_it_drops_nothing():
-    with pytest.warns(UserWarning, match="lora_dropout has no effect on torch.nn.MultiheadAttention"):
-        adapted_with_warnings("attention", lora_dropout=0.1)
+@pytest.mark.parametrize(("kind", "what"), [("attention", "torch.nn.MultiheadAttention"), ("embedding", "embeddings")])
+def test_layers_that_drop_nothing_say_so(kind, what):
+    with pytest.warns(UserWarning, match=f"lora_dropout has no effect on {what}"):
+        adapted_with_warnings(kind, lora_dropout=0.1)
 
 
 def test_fan_in_fan_out_is_set_by_the_layer_with_a_warning():

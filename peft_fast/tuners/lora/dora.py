@@ -77,13 +77,19 @@ def factor(layer: Any, name: str) -> Tensor:
 
 
 def _norms(layer: Any, name: str) -> Tensor:
-    (A, B), scale, squares = layer.dora_factors(name), layer.scaling[name], layer.kept_squares()
+    (A, B), scale, weight = layer.dora_factors(name), layer.scaling[name], layer.rows_of_base()
+    if weight.device.type == "meta" and A.device.type != "meta":
+        raise ValueError(
+            "DoRA needs the base weight for its norms, and that is on the meta device: offloaded layers cannot have "
+            "it. Leave them out of target_modules, or keep them on the device"
+        )
+    squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
     if caching and name in layer.kept_norms:
         of_squares, key, norms = layer.kept_norms[name]
         if of_squares is squares and key == (A._version, B._version, scale):
             return norms
-    norms = ops.merged_norms(layer.rows_of_base(), A, B, scale, squares, layer.backend)
+    norms = ops.merged_norms(weight, A, B, scale, squares, layer.backend)
     if caching:
         layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
     return norms

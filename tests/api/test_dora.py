@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import peft_fast
 from peft_fast import explain, quantize_linear_layers
 from peft_fast.helpers import DoraCaching
-from peft_fast.tuners.lora import LinearLike
+from peft_fast.tuners.lora import LinearLike, dora
 
 K, N = 64, 48
 IDS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [2, 2, 3, 3, 0, 9, 10, 1]])
@@ -108,6 +108,24 @@ def test_magnitudes_of_16_bit_layers_start_as_pefts(kind, dtype):
     for name, mine in ours.items():
         assert mine.dtype == theirs[name].dtype, name
         torch.testing.assert_close(mine, theirs[name], rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@dense_layers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_a_new_adapter_multiplies_16_bit_layers_by_1(kind, dtype, autocast_adapter_dtype):
+    """With magnitudes in fp32 and in 16 bits, whose rounding must not scale a row by up to half an ulp."""
+    base, x = build(kind)
+    plain = copy.deepcopy(base.to(dtype))
+    config = peft_fast.LoraConfig(target_modules=["layer"], use_dora=True)
+    model = peft_fast.get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    layer = model.base_model.model["layer"]
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    assert magnitude.dtype == (torch.float32 if autocast_adapter_dtype else dtype)
+    factor = dora.factor(layer, "default")
+    assert (factor - 1).abs().max() <= (1e-6 if autocast_adapter_dtype else 0)
+    x = x.to(dtype) if x.is_floating_point() else x
+    torch.testing.assert_close(layer(x), plain["layer"](x), rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
 
 
 @every_layer

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.tuners.base_weight import HALF_DTYPES
 
 
 class DoraLayer(nn.Module):
@@ -71,19 +72,28 @@ class DoraCaching:
 
 
 def factor(layer: Any, name: str) -> Tensor:
-    """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m."""
-    norms = _norms(layer, name)
-    return layer.lora_magnitude_vector[name].weight.view(-1).to(norms.dtype) / norms
+    """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m.
+
+    A 16-bit m is divided by norms that are rounded as it was, so that a new adapter multiplies by exactly 1.
+    """
+    norms, m = _norms(layer, name), layer.lora_magnitude_vector[name].weight.view(-1)
+    return m.to(norms.dtype) / norms.to(m.dtype).to(norms.dtype)
 
 
 def _norms(layer: Any, name: str) -> Tensor:
-    (A, B), scale, squares = layer.dora_factors(name), layer.scaling[name], layer.kept_squares()
+    (A, B), scale, weight = layer.dora_factors(name), layer.scaling[name], layer.rows_of_base()
+    if weight.device.type == "meta" and A.device.type != "meta":
+        raise ValueError(
+            "DoRA needs the base weight for its norms, and that is on the meta device: offloaded layers cannot have "
+            "it. Leave them out of target_modules, or keep them on the device"
+        )
+    squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
     if caching and name in layer.kept_norms:
         of_squares, key, norms = layer.kept_norms[name]
         if of_squares is squares and key == (A._version, B._version, scale):
             return norms
-    norms = ops.merged_norms(layer.rows_of_base(), A, B, scale, squares, layer.backend)
+    norms = ops.merged_norms(weight, A, B, scale, squares, layer.backend)
     if caching:
         layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
     return norms
@@ -98,6 +108,18 @@ def initial_magnitude(layer: Any, name: str) -> Tensor:
     if not bool(A.any()) or not bool(B.any()):
         return torch.linalg.norm(weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight), dim=1)
     return ops.merged_norms(weight, A, B, layer.scaling[name]).to(weight.dtype)
+
+
+@torch.no_grad()
+def unround(layer: Any, name: str) -> None:
+    """Of a new adapter around a 16-bit layer whose magnitudes were made fp32: with the bits that the 16 could not hold.
+
+    peft leaves them rounded, and rounds its norms; ours are fp32, and rows would start off by half an ulp.
+    """
+    m, weight = layer.lora_magnitude_vector[name].weight, layer.rows_of_base()
+    if m.dtype == torch.float32 and weight.dtype in HALF_DTYPES and not m.is_meta:
+        A, B = layer.dora_factors(name)
+        m.copy_(ops.merged_norms(weight, A, B, layer.scaling[name]).view(m.shape))
 
 
 def forward(

@@ -4,6 +4,7 @@ A is [r, num_embeddings], B is [embedding_dim, r], as parameters by adapter name
 There is no dropout on ids: lora_dropout has no meaning here, in peft neither.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Embedding(LoraLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
         if config.lora_bias:
             raise ValueError("lora_bias is not for embeddings, whose B is no layer: leave them out of target_modules")
+        if config.lora_dropout:
+            warnings.warn("lora_dropout has no effect on embeddings, whose input are ids, as in peft", stacklevel=2)
         super().update_layer(adapter_name, r, lora_alpha, config)
 
     def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:

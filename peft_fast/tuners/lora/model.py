@@ -13,6 +13,7 @@ from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import by_pattern
 from peft_fast.tuners.targets import LORA_TARGETS
 
+from . import dora
 from .attention import MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
@@ -67,6 +68,9 @@ class LoraModel(BaseTuner):
     ) -> None:
         super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._warn_of_missing_biases(adapter_name, config)
+        for _, layer in self.layers():
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
+                dora.unround(layer, adapter_name)
         fuse_mlps(self.model)
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:

@@ -277,7 +277,7 @@ LOADING = [
         lambda l, t: t.load(l, t.saved(l), ephemeral_gpu_offload=True),
         None,
         "",
-        ("ephemeral_gpu_offload=True needs DoRA", "leave it out"),
+        ("ephemeral_gpu_offload=True is not built yet", "leave it out"),
         NotImplementedError,
         why=NOT_YET,
     ),

@@ -336,7 +336,7 @@ MAKING = [
         lambda l, t: t.bare(l, fan_in_fan_out=True),
         UserWarning,
         "fan_in_fan_out",
-        ("fan_in_fan_out=True is for Conv1D", "set to False"),
+        ("the targets are linear layers", "set to False"),
     ),
     Row(
         "a tied output layer trained whole",

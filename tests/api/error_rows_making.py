@@ -73,9 +73,7 @@ CONFIGS = [
         lambda l, t: l.LoraConfig(use_dora=True, lora_bias=True),
         ValueError,
         "not supported for",
-        ("dora",),
-        REFUSED_BY_NAME,
-        why=NOT_YET,
+        ("not supported with use_dora", "leave one"),
     ),
     Row(
         "LoftQ without its config",

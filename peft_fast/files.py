@@ -142,15 +142,15 @@ def _move(directory: Path, tag: str, moves: Mapping[Path, Path], gone: list[Path
 def _finish_saves(directory: Path) -> None:
     """Do what killed processes had noted, and clear away what they left."""
     for note, tag in _notes(directory):
-        for staged in directory.glob(f".*.{tag}.new"):
+        for staged in filter(Path.is_file, directory.glob(f".*.{tag}.new")):
             _finish_move(staged, staged.with_name(staged.name[1:].removesuffix(f".{tag}.new")))
-        for name in _obsolete(note):
-            (directory / name).unlink(missing_ok=True)
+        for path in filter(Path.is_file, [directory / name for name in _obsolete(note)]):
+            path.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
     for pattern in (".adapter_*.new", ".adapter_*.old", ".README.md.*.new", ".README.md.*.old"):
         for path in directory.glob(pattern):
             with suppress(FileNotFoundError):  # another process of the same job may be quicker
-                if time.time() - path.lstat().st_ctime > STALE:
+                if path.is_file() and time.time() - path.lstat().st_ctime > STALE:
                     path.unlink()
 
 
@@ -165,7 +165,7 @@ def _staged(path: Path, tag: str) -> Path:
 
 def _notes(directory: Path) -> list[tuple[Path, str]]:
     """(note, tag) of the saves that were not finished."""
-    found = [(path, path.name.removeprefix(NOTE)) for path in sorted(directory.glob(f"{NOTE}*"))]
+    found = [(path, path.name.removeprefix(NOTE)) for path in sorted(directory.glob(f"{NOTE}*")) if path.is_file()]
     return [(note, tag) for note, tag in found if re.fullmatch(r"\d+_\d+", tag)]
 
 

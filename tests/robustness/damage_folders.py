@@ -58,6 +58,14 @@ def forged_notes_of_saves(rng: Random) -> Iterator[Case]:
 
     for text in (b"", b"../x", b"/etc/passwd", b"\xff\xfe", b"README.md\n..\n.", b"x" * 10**6):
         yield f"{text[:12]!r}", LOADS, note(text)
+    for made in ("mkdir", "mkfifo"):
+        for name in (".peft_fast_save.1_1", ".adapter_config.json.1_1.new"):
+
+            def odd(folder: Path, marker: Path, made: str = made, name: str = name) -> None:
+                note(b"")(folder, marker) if name.endswith("new") else None
+                getattr(os, made)(folder / name)
+
+            yield f"{made} {name}", LOADS, odd
     yield "tag", LOADS, note(b"adapter_config.json", tag="*")
     yield "weights are gone", REFUSED, note(b"adapter_model.safetensors")
     yield "config is gone", REFUSED, note(b"adapter_config.json")

@@ -171,3 +171,18 @@ def weights(model: nn.Module) -> dict[str, bytes]:
 def test_there_are_enough():
     assert len(KINDS) >= 25
     assert len(ALL) >= 500
+
+
+def test_saving_over_a_damaged_adapter(good, tmp_path):
+    """Whatever lies in the folder, the next save puts a good adapter there, and nothing outside of it is touched."""
+    model = with_an_adapter()
+    (tmp_path / "outside").write_text("mine")
+    for _, _, (label, _, change) in [one for one in ALL if one[0] in ("forged_notes_of_saves", "cut_configs")]:
+        folder = tmp_path / "adapter"
+        shutil.copytree(good, folder)
+        change(folder, tmp_path / "marker")
+        model.save_pretrained(folder)
+        assert type(PeftModel.from_pretrained(base(), folder)) is type(model), label
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "outside"]
+        shutil.rmtree(folder)
+    assert (tmp_path / "outside").read_text() == "mine"

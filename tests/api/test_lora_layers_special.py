@@ -12,17 +12,38 @@ from peft_fast.tuners.lora import LinearLike, LoraLayer
 from .lora_layer_models import IMAGES, ROWS, Model, adapted, build, named, relative, shaken
 
 
-def test_a_transformer_encoders_fast_path_has_the_adapters():
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"], ["linear1", "linear2", "self_attn"]], ids=str)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_transformer_encoders_fast_path_has_the_adapters(targets, use_dora, monkeypatch):
+    """It reads the weights of its layers and calls none: in peft the adapters of linear1 are not there in eval mode."""
+    if use_dora:
+        targets = [target for target in targets if target != "self_attn"] or ["linear2"]
+    fast, original = [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fast.append(1) or original(*args))
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
-    model = peft_fast.get_peft_model(nn.Sequential(layer), peft_fast.LoraConfig(target_modules=["self_attn"], r=2))
-    shaken(model)
-    slow = model.train(False)(ROWS)  # a gradient is wanted: torch calls the attention
-    assert slow.requires_grad
+    base = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True))
+    config = peft_fast.LoraConfig(target_modules=targets, r=2, use_dora=use_dora)
+    model = shaken(peft_fast.get_peft_model(base, config))
+    slow = model.train()(ROWS)
+    model.eval()
+    assert not fast
+    torch.testing.assert_close(model(ROWS), slow)  # a gradient is wanted: the layers are called
+    assert not fast
     with torch.no_grad():
         torch.testing.assert_close(model(ROWS), slow)
+        assert len(fast) == 1
         with model.disable_adapter():
             assert relative(model(ROWS), slow) > 1e-3
+        model.merge_adapter()
+        torch.testing.assert_close(model(ROWS), slow)
+        assert len(fast) == 3
+    assert repr(model.unload()) == repr(nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)))
+
+
+def test_a_bias_of_b_is_not_for_the_fast_path(untouched):
+    base = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True))
+    with untouched(base), pytest.raises(ValueError, match="lora_bias is not for linear1 and linear2"):
+        peft_fast.get_peft_model(base, peft_fast.LoraConfig(target_modules=["linear1"], lora_bias=True))
 
 
 def test_attention_leaves_its_weights_bit_for_bit():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_fast.dispatch import Choice
 
+from . import dora
 from .config import LoraConfig
 from .layer import Linear, LoraLayer
 
@@ -47,6 +48,31 @@ class OutProjection(Linear):
         if self.adapters_in_effect():
             return Choice("out_proj", "added", "torch.nn.MultiheadAttention reads the weight: adapters are added to it")
         return super().route(tokens)
+
+
+class EncoderLinear(Linear):
+    """linear1 or linear2 of a torch.nn.TransformerEncoderLayer, whose fast path (in eval mode, where no gradient is
+    wanted) reads their weights and calls neither. So the adapters are in what it reads; else the layer is called."""
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
+        for name in self.adapters_in_effect():
+            weight = weight + differentiable_delta(self, name).to(weight.dtype)
+            if name in self.lora_magnitude_vector:
+                weight = (weight * dora.factor(self, name)[:, None]).to(weight.dtype)
+        return weight
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
+        if config.lora_bias:
+            raise ValueError(
+                "lora_bias is not for linear1 and linear2 of torch.nn.TransformerEncoderLayer, whose fast path reads "
+                "the base layer's bias: leave it out"
+            )
+        super().update_layer(adapter_name, r, lora_alpha, config)
 
 
 class MultiheadAttention(LoraLayer):

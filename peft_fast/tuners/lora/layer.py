@@ -122,10 +122,12 @@ class LoraLayer(BaseTunerLayer):
         rows = self.rows_of_base()
         if torch.compiler.is_compiling():
             return ops.row_squares(rows) if self._squares is None else self._squares[-1]
-        own: Any = rows.data if isinstance(rows, QuantizedWeight) else self.weight
+        base: Any = self.get_base_layer()
+        weight = getattr(base, self.weight_name)
+        own = rows.data if isinstance(rows, QuantizedWeight) else weight
         key = (own.data_ptr(), own._version, own.dtype, rows.shape)
-        if self._squares is None or self._squares[0] is not self.weight or self._squares[1] != key:
-            self._squares = (self.weight, key, ops.row_squares(rows))
+        if self._squares is None or self._squares[0] is not weight or self._squares[1] != key:
+            self._squares = (weight, key, ops.row_squares(rows))
         return self._squares[-1]
 
     def base_changed(self) -> None:

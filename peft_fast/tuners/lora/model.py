@@ -14,13 +14,14 @@ from peft_fast.tuners.matching import by_pattern
 from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora
-from .attention import MultiheadAttention
+from .attention import EncoderLinear, MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 
+FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Embedding: Embedding,
     nn.Conv1d: Conv1d,
@@ -46,6 +47,10 @@ class LoraModel(BaseTuner):
         cls = _layer_class(target, path)
         if cls is Linear:
             set_fan_in_fan_out(config, is_conv1d(target))
+            parent, _, name = path.rpartition(".")
+            in_encoder = isinstance(self.model.get_submodule(parent), nn.TransformerEncoderLayer)
+            if in_encoder and name in FAST_PATH and is_dense_linear(target):
+                cls = EncoderLinear
         return cls(target, adapter_name, config=config, r=r, lora_alpha=alpha)
 
     @classmethod

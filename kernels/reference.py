@@ -137,7 +137,7 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

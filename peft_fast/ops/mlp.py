@@ -143,7 +143,8 @@ def _backward(
         h_again: Tensor = implementation(GLU.choose(backend, g.device, g.dtype)).glu(g, u, activation)
         h, s_down = h_again, down_layer.down_again(h_again)
     dx: Tensor | None = None
-    of_gate, of_up = [[None] * GRADIENTS] * 2
+    nothing: list[Tensor | None] = [None] * GRADIENTS
+    of_gate, of_up = nothing, nothing
     dg, du, of_down = _through_down(dy, g, u, h, s_down, down_layer, activation, needs, backend)
     if dg is not None and du is not None:
         both = gate_layer, up_layer

@@ -85,7 +85,8 @@ class Layer:
 def forward_together(x: Tensor, parts: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
     """(y of each layer, their s side by side) for layers that share x [M, K]."""
     adapted = [part for part in parts if part.lora is not None]
-    y, s = [], x.new_empty(x.shape[0], 0)
+    y: list[Tensor] = []
+    s = x.new_empty(x.shape[0], 0)
     if adapted:
         y, s = routes.forward_group(x, [part.bias for part in adapted], [part.lora for part in adapted])  # type: ignore[misc]
     of_adapted = iter(y)

@@ -114,8 +114,8 @@ def forward_group(x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora]
         return [_merged_product(run, x, *one) for one in zip(bias, lora)], x.new_empty(x.shape[0], sum(ranks))
     s = run.lora_down_group(x, [one.A for one in lora], [one.p for one in lora], [one.key for one in lora])
     if route == "fused":
-        parts = zip(s.split(ranks, dim=1), bias, lora)
-        return [run.quant_matmul(x, one.weight, b, s_j, one.B, one.scale) for s_j, b, one in parts], s
+        each = zip(s.split(ranks, dim=1), bias, lora)
+        return [run.quant_matmul(x, one.weight, b, s_j, one.B, one.scale) for s_j, b, one in each], s
     y = [product(x, one.weight, b, one.backend) for b, one in zip(bias, lora)]
     run.lora_up_add_group_(y, s, [one.B for one in lora], [one.scale for one in lora], [None] * len(lora))
     return y, s
@@ -188,8 +188,9 @@ def _backward_one_by_one(
     needs_dB: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     dx, dA, dB = None, [], []
-    for *one, needs_A, needs_B in zip(dy, s.split([one.A.shape[0] for one in lora], dim=1), lora, needs_dA, needs_dB):
-        part, of_A, of_B = backward(one[0], x, one[1], one[2], (needs_dx, needs_A, needs_B))
+    parts = s.split([one.A.shape[0] for one in lora], dim=1)
+    for dy_j, s_j, one, needs_A, needs_B in zip(dy, parts, lora, needs_dA, needs_dB):
+        part, of_A, of_B = backward(dy_j, x, s_j, one, (needs_dx, needs_A, needs_B))
         dx = part if dx is None or part is None else dx.add_(part)
         dA.append(of_A)
         dB.append(of_B)

@@ -100,11 +100,12 @@ def lora_embedding(R: int, itemsize: int) -> dict:
 
 def segment_sum(R: int) -> dict:
     """A warp a segment: most words come once or twice in a batch, and 16 ids at once serve those that come often."""
-    return dict(BLOCK_M=16, BLOCK_R=min(max(16, triton.next_power_of_2(R)), 64), num_warps=1)
+    block_r = min(max(16, triton.next_power_of_2(R)), 64)
+    return dict(BLOCK_M=16, BLOCK_R=block_r, num_warps=1, enable_fp_fusion=True)
 
 
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.
-SUM_PARTIALS = dict(BLOCK=512, num_warps=4)
+SUM_PARTIALS = dict(BLOCK=512, num_warps=4, enable_fp_fusion=True)
 
 
 def dequantize_merge(itemsize: int, aligned: bool) -> dict:

@@ -23,7 +23,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BLOCK = (
     1024  # elements a program takes of one row: with 4 warps, 16 bytes a thread and load where they are 16 bits wide
 )
-CONFIG = dict(BLOCK=BLOCK, num_warps=4)
+CONFIG = dict(BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
 
 
 @triton.jit

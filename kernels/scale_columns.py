@@ -17,10 +17,10 @@ from . import tiles
 from .reduce import sum_partials
 from .tiles import rows
 
-FORWARD = dict(BLOCK=1024, num_warps=4)  # elements a program takes of one row, as in glu.py
+FORWARD = dict(BLOCK=1024, num_warps=4, enable_fp_fusion=True)  # elements of a row, as in glu.py
 # 16 elements a thread of two matrices: 16 bytes a load where they are 16 bits wide. A slab of 64 rows leaves a sum of
 # 1/64 of dy's elements, in fp32: a hundredth of what the pass reads and writes.
-BACKWARD = dict(BLOCK_M=8, BLOCK_N=256, STEPS=8, num_warps=4)
+BACKWARD = dict(BLOCK_M=8, BLOCK_N=256, STEPS=8, num_warps=4, enable_fp_fusion=True)
 
 
 @triton.jit

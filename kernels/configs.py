@@ -72,17 +72,19 @@ def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
-def lora_down_backward(R: int, itemsize: int, count: int = 1) -> dict:
+def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = True) -> dict:
+    """Not aligned: x is loaded element by element (tiles.warps), and its addresses take registers."""
     block_r = rank_block(R, itemsize)
     if count > 1:
         return dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
-    if itemsize == 4 or block_r == 64:
+    if itemsize == 4 or block_r == 64 or (block_r == 32 and not aligned):
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
     return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r)
 
 
 def lora_up_forward(R: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=64, BLOCK_N=128 if itemsize == 2 else 64, BLOCK_R=rank_block(R, itemsize))
+    block_m, block_n = (64, 128) if itemsize == 2 else (32, 64)
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=rank_block(R, itemsize))
 
 
 def lora_up_backward(R: int, itemsize: int) -> dict:

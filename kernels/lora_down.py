@@ -234,7 +234,8 @@ def lora_down_group_backward(
     if not in_one_launch(x, A):
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
-    config = configs.lora_down_backward(max(ranks), x.element_size(), len(A))
+    threads = warps(x, *A, x if dx is None else dx)
+    config = configs.lora_down_backward(max(ranks), x.element_size(), len(A), aligned=threads == 4)
     columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
@@ -252,7 +253,7 @@ def lora_down_group_backward(
                 ds.stride(0), x.stride(0), *strides(A),
                 0 if dx is None else dx.stride(0),
                 COUNT=len(A), NEEDS_DA=dA_pass, NEEDS_DX=dx_pass, DROPOUT=any(p), PRECISION=input_precision(),
-                num_warps=warps(x, *A, x if dx is None else dx), enable_fp_fusion=True, **config,
+                num_warps=threads, enable_fp_fusion=True, **config,
             )  # fmt: skip
     if not needs_dA:
         return [None] * len(A)

@@ -152,13 +152,13 @@ def test_launches_are_recorded_as_triton_would_specialise_them():
     (call,) = calls
     assert call.name == "lora_up_add_fwd_kernel"
     signature, constants = dict(call.signature), dict(call.constexprs)
-    assert signature["y_ptr"] == "*fp32"
-    assert signature["scale"] == "fp32"
+    assert signature["y0_ptr"] == "*fp32"
+    assert signature["scale0"] == "fp32"
     assert signature["M"] == "i32"
     assert "M" not in call.divisible  # not specialised on: a new M never compiles anew
-    assert "N" in call.divisible
-    assert constants["R"] == 1  # Triton makes the integer 1 a constant
-    assert constants["bias_ptr"] is None
+    assert "N0" in call.divisible
+    assert constants["R0"] == 1  # Triton makes the integer 1 a constant
+    assert constants["bias0_ptr"] is None
     assert constants["BLOCK_R"] == 16
     assert dict(call.options)["num_warps"] == 8  # B has rows of one element: unaligned (tiles.warps)
 

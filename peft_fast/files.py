@@ -210,6 +210,6 @@ def _keep(path: Path, copy: Path) -> bool:
         os.link(path, copy, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # no hard links on this file system, or on this platform
         shutil.copy2(path, copy, follow_symlinks=False)
     return True

@@ -51,7 +51,7 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     """Whether a folder or a Hub repository holds the config of an adapter that can be read here."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except (ValueError, TypeError, NotImplementedError):
+    except (ValueError, TypeError, NotImplementedError):  # the last: of a kind that is not built here
         return False
     return True
 

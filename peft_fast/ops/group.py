@@ -34,7 +34,7 @@ from .projection import (
     without_repetitions,
 )
 
-MOST = 3
+MOST = 3  # as kernels/tiles.py has it, which cannot be imported without Triton
 
 
 def _forward_fake(x, tensors, counts, fmts, scales, ps, dtype, trained, backend, route):

@@ -10,6 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_fast
 
+from .lora_layer_models import named, relative, shaken
+
+__all__ = ["DENSE", "LAYERS", "adapted", "both", "build", "named", "relative", "shaken"]
+
 K, N = 64, 48
 IDS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [2, 2, 3, 3, 0, 9, 10, 1]])
 X = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(1))
@@ -49,22 +53,6 @@ def adapted(library, kind, dtype=torch.float32, shake=True, **options):
         model = library.get_peft_model(model.to(dtype), library.LoraConfig(**config))
     x = x.to(dtype) if x.is_floating_point() else x
     return (shaken(model) if shake else model), model.base_model.model["layer"], x
-
-
-def shaken(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            parameter.data += (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
-    return model
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)).item()
-
-
-def named(model):
-    return dict(sorted(model.named_parameters()))
 
 
 def both(kind, use, **options):

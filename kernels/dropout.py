@@ -20,6 +20,13 @@ def new_key(device: torch.device | str) -> Tensor:
     return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
 
 
+def new_keys(device: torch.device | str, count: int) -> list[Tensor]:
+    """So many keys from one draw, one launch on a GPU. They lie 16 bytes apart: Triton compiles anew for a pointer that
+    is not a multiple of 16."""
+    draws = torch.randint(-(1 << 31), (1 << 31) - 1, (count, 4), dtype=torch.int32, device=device)
+    return list(draws[:, :2].unbind())
+
+
 def threshold(p: float) -> int:
     """How many of the 65,536 draws drop an element."""
     return round(p * DRAWS)

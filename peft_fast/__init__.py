@@ -35,7 +35,7 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import LoraConfig, LoraModel
-from .tuners.lora import set_lora_mlp
+from .tuners.lora import set_lora_groups, set_lora_mlp
 
 __all__ = [
     "AutoPeftModel",
@@ -73,6 +73,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",
     "set_base_model_state_dict",
+    "set_lora_groups",
     "set_lora_mlp",
     "set_peft_model_state_dict",
     "use_backend",

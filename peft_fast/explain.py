@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .dispatch import TritonUnsupported
 from .quant.weight import QuantizedWeight
 from .tuners.layer import BaseTunerLayer
-from .tuners.lora import mlp
+from .tuners.lora import groups, mlp
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     base weight  dtype of a dense weight; type, block size and kind of scales of a k-bit one
     route        what a forward runs now: "split", "fused" or "merge" in Triton, "reference" in plain torch, "base"
                  where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise.
-                 Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called
+                 Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called;
+                 of layers that share their input: "group" or "layers"
     because      the reason for that route
 
     What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
@@ -62,8 +63,9 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
             except (TritonUnsupported, ValueError) as refusal:
                 route, because = "refused", str(refusal)
             rows.append(Row(name, describe(module.base_weight()), route, because))
-        elif (of_mlp := mlp.choice(module)) is not None:
-            rows.append(Row(name, "", of_mlp.route, of_mlp.because))
+        elif of_several := [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]:
+            because = "; ".join(choice.because for choice in of_several)
+            rows.append(Row(name, "", of_several[-1].route, because))
     explanation = Explanation(tuple(rows))
     if show:
         print(explanation)

@@ -69,11 +69,12 @@ def test_launches_of_one_qlora_linear(route, p, most):
     assert sum(theirs.values()) >= 17, theirs
 
 
-@pytest.mark.parametrize(("bits", "p", "most"), [(4, 0.0, 69), (4, 0.05, 76), (16, 0.0, 55), (16, 0.05, 62)])
+@pytest.mark.parametrize(("bits", "p", "most"), [(4, 0.0, 55), (4, 0.05, 58), (16, 0.0, 41), (16, 0.05, 44)])
 def test_launches_of_a_llama_layer(bits, p, most):
-    """Gate and up share the launches of their adapters: lora_down, lora_up_add and both backwards run six times for
-    seven projections."""
+    """q, k, v share the launches of their adapters, and so do gate and up: lora_down, lora_up_add and their backwards
+    run four times for seven projections. One draw of dropout keys for q, k, v, one for o, one for the MLP."""
     theirs, ours = layer_counts(512, bits, p)
     assert sum(ours.values()) <= most, ours
-    assert ours["triton.lora_down_fwd_kernel"] == ours["triton.lora_up_add_fwd_kernel"] == 6
-    assert sum(theirs.values()) >= 1.6 * sum(ours.values()), theirs
+    assert ours["triton.lora_down_fwd_kernel"] == ours["triton.lora_up_add_fwd_kernel"] == 4
+    assert ours["aten.randint"] == (3 if p else 0)
+    assert sum(theirs.values()) >= 2.2 * sum(ours.values()), theirs

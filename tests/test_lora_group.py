@@ -144,8 +144,22 @@ def test_one_output_alone_can_be_used_and_one_x_is_kept():
     activations = [t for t in kept if t.shape[:1] == (20,)]
     assert sorted(tuple(t.shape) for t in activations) == [(20, 24), (20, 64)]  # s of all three, and x
     y[1].float().sum().backward()
-    assert leaves[1]["A"].grad.any() or leaves[1]["B"].grad.any()
-    assert not leaves[0]["B"].grad.any()
+    alone, part = cases[1].leaves(), projections("qkv", cases, [case.leaves() for case in cases])[1]
+    part = replace(part, A=alone["A"], B=alone["B"], bias=alone["bias"])
+    y_alone = ops.lora_linear(alone["x"], part.weight, part.A, part.B, part.scale, part.bias, dtype=BF16)
+    y_alone.float().sum().backward()
+    assert torch.equal(y[1], y_alone)
+    for name in ("x", "A", "B", "bias"):
+        assert torch.equal((leaves[0] if name == "x" else leaves[1])[name].grad, alone[name].grad)
+    assert all(leaf[name].grad is None for leaf in (leaves[0], leaves[2]) for name in ("A", "B", "bias"))  # not zeros
+
+
+def test_no_output_used():
+    cases = make_group("nf4", 5, 64, FP32, FP32, "cpu")
+    leaves = [case.leaves() for case in cases]
+    y = ops.lora_group(leaves[0]["x"], projections("nf4", cases, leaves))
+    (zero,) = torch.autograd.grad(y[0].detach().sum() + y[1].sum() * 0, [leaves[0]["x"]])
+    assert not zero.any()
 
 
 @pytest.mark.parametrize("kind", ["qkv", "mixed"])

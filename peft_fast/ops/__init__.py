@@ -14,6 +14,7 @@ plain torch. Layers call these and never ask about devices.
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
+from peft_fast.kernels.dropout import new_keys as new_dropout_keys
 
 from .dora import merged_norms, row_squares, scale_columns
 from .embedding import choose_embedding, lora_embedding, lora_embedding_add
@@ -41,6 +42,7 @@ __all__ = [
     "lora_up_add",
     "merged_norms",
     "new_dropout_key",
+    "new_dropout_keys",
     "quant_matmul",
     "row_squares",
     "scale_columns",

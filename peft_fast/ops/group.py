@@ -105,26 +105,31 @@ class _LoraGroup(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         given = _filled(tensors, settings[0])
         *y, s = _forward(x, given, *settings)
+        ctx.set_materialize_grads(False)  # of an output that nobody used: no gradients, as if it had not been computed
         ctx.save_for_backward(x, s, *tensors)
         ctx.settings = settings
         return tuple(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dy: Tensor) -> tuple:  # type: ignore[override]
-        counts, fmts, scales, ps, _, trained, backend, route = ctx.settings
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple:  # type: ignore[override]
+        counts, *numbers, _, trained, backend, route = ctx.settings
         x, s, *tensors = ctx.saved_tensors
         of_each = split(ctx.needs_input_grad[2:], counts)
-        needs = [ctx.needs_input_grad[0], *(need for part in of_each for need in part[:GRADIENTS])]
-        grads: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            given = _filled(tensors, counts)
-            out = _backward(list(dy), x, s, given, counts, fmts, scales, ps, needs, trained, backend, route)
-            grads = [grad if need else None for grad, need in zip(out, needs)]
-        of_tensors: list[Tensor | None] = []
-        for part, count in zip(split(grads[1:], [GRADIENTS] * len(counts)), counts):
-            of_tensors += [*part, *[None] * (count - GRADIENTS)]
-        return grads[0], None, *of_tensors
+        parts, used = restored(split(tensors, counts)), [j for j, d in enumerate(dy) if d is not None]
+        needs = [ctx.needs_input_grad[0], *(need for j in used for need in of_each[j][:GRADIENTS])]
+        dx: Tensor | None = None
+        of_parts: list[list[Tensor | None]] = [[None] * count for count in counts]
+        if used and any(needs):
+            if len(used) < len(dy):
+                s = torch.cat([s.split([rank(part) for part in parts], dim=1)[j] for j in used], dim=1)
+            given = [tensor for j in used for tensor in parts[j]]
+            numbers = [[values[j] for j in used] for values in (counts, *numbers)]
+            out = _backward([dy[j] for j in used], x, s, given, *numbers, needs, trained, backend, route)
+            dx, *grads = [grad if need else None for grad, need in zip(out, needs)]
+            for j, part in zip(used, split(grads, [GRADIENTS] * len(used))):
+                of_parts[j][:GRADIENTS] = part
+        return dx, None, *(grad for part in of_parts for grad in part)
 
 
 def _filled(tensors: Sequence[Tensor | None], counts: list[int]) -> list[Tensor | None]:

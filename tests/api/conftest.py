@@ -20,7 +20,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from peft_fast import ops
+
 VOCABULARY = 96
+
+
+@pytest.fixture
+def keys_drawn_one_by_one(monkeypatch) -> None:
+    """Layers that run as one op get the dropout keys that they would draw alone: the same masks from the same seed."""
+    monkeypatch.setattr(ops, "new_dropout_keys", lambda device, n: [ops.new_dropout_key(device) for _ in range(n)])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from .attention import MultiheadAttention
 from .config import LoraConfig, LoraRuntimeConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
+from .groups import set_lora_groups
 from .layer import Linear, LoraLayer
 from .linear_like import LinearLike
 from .mlp import set_lora_mlp
@@ -19,5 +20,6 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MultiheadAttention",
+    "set_lora_groups",
     "set_lora_mlp",
 ]

@@ -89,6 +89,11 @@ class LoraLayer(BaseTunerLayer):
         """(A, B), modules with a `weight`."""
         return self.lora_A[adapter_name], self.lora_B[adapter_name]
 
+    def dropout_p(self, adapter_name: str) -> float:
+        """With which probability the adapter drops an element of its input now: 0 in eval mode."""
+        dropout = self.lora_dropout[adapter_name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
     def dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """x as the adapter's A gets it: in A's dtype, after dropout."""
         return self.lora_dropout[adapter_name](x.to(self.factors(adapter_name)[0].weight.dtype))
@@ -240,6 +245,7 @@ class Linear(LoraLayer):
     """
 
     dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
+    group: Any = None  # with its siblings, while their parent's forward runs (groups.py)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
@@ -266,6 +272,8 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
+        if self.group is not None and not (args or kwargs) and (y := self.group.take(self, x)) is not None:
+            return y
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.adapters_in_effect()
@@ -328,8 +336,7 @@ class Linear(LoraLayer):
             return Choice("base_layer", "base", f"the adapters are {reason}")
         (N, K), R, p, trained = weight.shape, 0, 0.0, False
         if adapters:
-            dropout = self.lora_dropout[adapters[0]]
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            p = self.dropout_p(adapters[0])
             R, trained = self.r[adapters[0]], any(factor.weight.requires_grad for factor in self.factors(adapters[0]))
         dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -346,20 +353,21 @@ class Linear(LoraLayer):
         base = ops.choose_product(call, self.backend)
         return Choice("base_layer", "base", f"the adapters are {reason}; {base.route} by {base.backend}", base.backend)
 
-    def projection(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight) -> ops.Projection:
-        """The base layer and one adapter as ops take them, with a new dropout key: for one forward of x."""
+    def projection(self, name: str, weight: Tensor | QuantizedWeight, key: Tensor | None) -> ops.Projection:
+        """The base layer and one adapter as ops take them for one forward; `key`: a new one, where it drops out."""
         A, B = self.factors(name)
         bias, extra = self.bias, self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], **self._dropout(name, x))
+        return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], self.dropout_p(name), key)
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
         """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
-        (A, B), layer = self.factors(name), self.projection(name, x, weight)
+        key = ops.new_dropout_key(x.device) if self.dropout_p(name) else None
+        (A, B), layer = self.factors(name), self.projection(name, weight, key)
         return ops.lora_linear(
             x, weight, A.weight, B.weight, layer.scale, layer.bias, dtype=dtype, backend=self.backend,
-            dropout_p=layer.dropout_p, dropout_key=layer.dropout_key,
+            dropout_p=layer.dropout_p, dropout_key=key,
         )  # fmt: skip
 
     def plus(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
@@ -371,8 +379,7 @@ class Linear(LoraLayer):
         return y
 
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
 
 

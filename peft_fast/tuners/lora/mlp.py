@@ -22,15 +22,13 @@ from torch import Tensor, nn
 
 from peft_fast import ops
 from peft_fast.dispatch import Choice
-from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import matmul_weight
 
-from .layer import Linear, LoraLayer
+from .layer import LoraLayer
+from .members import Member, common_backend, common_dtype, is_touched, member, projections
 
 Mode = Literal["fused", "recompute", "off"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LOOKUPS = ("__call__", "__getattr__", "__getattribute__")  # a class with its own may mean anything by self.gate_proj(x)
-PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
 
 
 def _llama(self, x):
@@ -101,7 +99,7 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu"}
 class Plan(NamedTuple):
     """A call of the MLP as one op."""
 
-    layers: tuple[tuple[Any, str | None, Tensor | QuantizedWeight], ...]  # gate, up, down: module, adapter, base weight
+    layers: tuple[Member, ...]  # gate, up, down
     activation: str
     dtype: torch.dtype  # of the products
     backend: str | None
@@ -121,10 +119,7 @@ class LoraMLP:
         if isinstance(found, str):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args
-        gate, up, down = [
-            ops.Projection(weight, layer.bias) if name is None else layer.projection(name, x, weight)
-            for layer, name, weight in found.layers
-        ]
+        gate, up, down = projections(found.layers, x)
         recompute = self.lora_mlp_mode == "recompute"
         y = ops.lora_mlp(
             x, gate, up, down, found.activation, dtype=found.dtype, recompute=recompute, backend=found.backend
@@ -211,17 +206,16 @@ def plan(mlp: Any, x: Tensor | None) -> Plan | str:
         return "its activation is none of silu, gelu (by erf) and gelu (by tanh), or has hooks or a forward of its own"
     layers = []
     for name in PROJECTIONS:
-        layer = _layer(mlp._modules[name])
+        layer = member(mlp._modules[name])
         if isinstance(layer, str):
             return f"{name} {layer}"
         layers.append(layer)
     if all(adapter is None for _, adapter, _ in layers):
         return "no adapter is in effect"
-    backends = {layer.backend for layer, _, _ in layers if isinstance(layer, Linear)}
-    if len(backends) > 1:
-        return "its layers have different backends"
-    dtype = _dtype(layers, x)
-    return dtype if isinstance(dtype, str) else Plan(tuple(layers), activation, dtype, *backends)
+    backend, dtype = common_backend(layers), common_dtype(layers, x)
+    if isinstance(backend, str):
+        return backend
+    return dtype if isinstance(dtype, str) else Plan(tuple(layers), activation, dtype, *backend)
 
 
 def _why_not_mlp(mlp: Any) -> str | None:
@@ -240,65 +234,11 @@ def _activation(mlp: Any) -> str | None:
     act = getattr(mlp, mlp.activation_attribute, None)
     if not isinstance(act, nn.Module):
         return ACTIVATION_FUNCTIONS.get(act)
-    if _is_touched(act):
+    if is_touched(act):
         return None
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
     return mlp.activation_classes.get(type(act))
-
-
-def _is_touched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
-
-
-def _layer(layer: Any) -> tuple[Any, str | None, Tensor | QuantizedWeight] | str:
-    """(layer, its adapter in effect, the base weight), or why it must be called."""
-    base, adapters = layer, []
-    if isinstance(layer, LoraLayer):
-        if type(layer) is not Linear:
-            return f"is a {type(layer).__name__}"
-        if layer.merged:
-            return "has merged adapters"
-        base, adapters = layer.base_layer, layer.adapters_in_effect()
-        if len(adapters) > 1:
-            return "has several active adapters"
-        if adapters and adapters[0] in layer.lora_magnitude_vector:
-            return "has an adapter with DoRA"
-    if _is_touched(layer):
-        return "has hooks or a forward of its own"
-    weight = matmul_weight(base)
-    if weight is None:
-        return f"must be called: its base layer, a {type(base).__name__}, has hooks or a forward of its own"
-    if isinstance(weight, Tensor) and (type(weight) not in PLAIN or weight.requires_grad):
-        return f"has a weight that is {'trained' if weight.requires_grad else f'a {type(weight).__name__}'}"
-    if layer is base and isinstance(weight, QuantizedWeight) and weight.bits == 8:
-        return "has no adapter and multiplies in 8 bits"
-    return layer, adapters[0] if adapters else None, weight
-
-
-def _dtype(layers: list[tuple[Any, str | None, Tensor | QuantizedWeight]], x: Tensor | None) -> torch.dtype | str:
-    """The one dtype and device that all three would multiply in, or why there is none."""
-    weights = [weight for _, _, weight in layers]
-    device = weights[0].device if x is None else x.device
-    if x is not None and type(x) not in PLAIN:
-        return f"its input is a {type(x).__name__}"
-    if any(weight.device != device for weight in weights):
-        return "its layers or its input are on different devices"
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    dtypes = set()
-    for layer, _, weight in layers:
-        base = layer.base_layer if isinstance(layer, Linear) else layer
-        if autocast is not None and base is layer and isinstance(weight, QuantizedWeight):
-            return "a k-bit layer without an adapter decides itself what it does under autocast"
-        own = getattr(base, "compute_dtype", None) if isinstance(weight, QuantizedWeight) else weight.dtype
-        if isinstance(weight, Tensor) and x is not None and autocast is None and own != x.dtype:
-            return "its input has another dtype than its weights"
-        dtypes.add(autocast or own or (weight.dtype if x is None else x.dtype))
-    if len(dtypes) > 1:
-        return "its layers multiply in different dtypes"
-    return dtypes.pop()
 
 
 def choice(module: nn.Module) -> Choice | None:

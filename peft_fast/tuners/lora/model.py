@@ -18,6 +18,7 @@ from .attention import EncoderLinear, MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
+from .groups import group_siblings, ungroup_siblings
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 
@@ -77,6 +78,7 @@ class LoraModel(BaseTuner):
             if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dora.unround(layer, adapter_name)
         fuse_mlps(self.model)
+        group_siblings(self.model)
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:
@@ -98,11 +100,13 @@ class LoraModel(BaseTuner):
     ) -> nn.Module:
         model = super().merge_to_16bit(dtype, adapter_names, progressbar)
         restore_mlps(model)
+        ungroup_siblings(model)
         return model
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
         model = super()._unload(with_copies_of)
         restore_mlps(model)
+        ungroup_siblings(model)
         return model
 
 

@@ -1,0 +1,97 @@
+"""Linear layers that one op may stand for, instead of calling them: each with its adapter, or with none.
+
+mlp.py and groups.py ask here; what they are told not to do, `explain` prints.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import ops
+from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.tuners.base_weight import matmul_weight
+
+from .layer import Linear, LoraLayer
+
+PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
+
+
+class Member(NamedTuple):
+    layer: Any
+    adapter: str | None  # the one in effect
+    weight: Tensor | QuantizedWeight  # of the base layer
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def member(layer: Any) -> Member | str:
+    """How an op takes the layer, or why it must be called."""
+    base, adapters = layer, []
+    if isinstance(layer, LoraLayer):
+        if type(layer) is not Linear:
+            return f"is a {type(layer).__name__}"
+        if layer.merged:
+            return "has merged adapters"
+        base, adapters = layer.base_layer, layer.adapters_in_effect()
+        if len(adapters) > 1:
+            return "has several active adapters"
+        if adapters and adapters[0] in layer.lora_magnitude_vector:
+            return "has an adapter with DoRA"
+    if is_touched(layer):
+        return "has hooks or a forward of its own"
+    weight = matmul_weight(base)
+    if weight is None:
+        return f"must be called: its base layer, a {type(base).__name__}, has hooks or a forward of its own"
+    if isinstance(weight, Tensor) and (type(weight) not in PLAIN or weight.requires_grad):
+        return f"has a weight that is {'trained' if weight.requires_grad else f'a {type(weight).__name__}'}"
+    if layer is base and isinstance(weight, QuantizedWeight) and weight.bits == 8:
+        return "has no adapter and multiplies in 8 bits"
+    return Member(layer, adapters[0] if adapters else None, weight)
+
+
+def common_backend(members: Sequence[Member]) -> tuple[str | None] | str:
+    """(the backend that the layers were given,), or why there is none in common."""
+    backends = {layer.backend for layer, _, _ in members if isinstance(layer, Linear)}
+    return "its layers have different backends" if len(backends) > 1 else (backends.pop(),)
+
+
+def common_dtype(members: Sequence[Member], x: Tensor | None) -> torch.dtype | str:
+    """The one dtype, on one device, that all would multiply in, or why there is none. Without x, in the dtype and on
+    the device of the weights."""
+    weights = [weight for _, _, weight in members]
+    device = weights[0].device if x is None else x.device
+    if x is not None and type(x) not in PLAIN:
+        return f"its input is a {type(x).__name__}"
+    if any(weight.device != device for weight in weights):
+        return "its layers or its input are on different devices"
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    dtypes = set()
+    for layer, _, weight in members:
+        base = layer.base_layer if isinstance(layer, Linear) else layer
+        if autocast is not None and base is layer and isinstance(weight, QuantizedWeight):
+            return "a k-bit layer without an adapter decides itself what it does under autocast"
+        own = getattr(base, "compute_dtype", None) if isinstance(weight, QuantizedWeight) else weight.dtype
+        if isinstance(weight, Tensor) and x is not None and autocast is None and own != x.dtype:
+            return "its input has another dtype than its weights"
+        dtypes.add(autocast or own or (weight.dtype if x is None else x.dtype))
+    if len(dtypes) > 1:
+        return "its layers multiply in different dtypes"
+    return dtypes.pop()
+
+
+def projections(members: Sequence[Member], x: Tensor) -> list[ops.Projection]:
+    """The layers as ops take them for one forward of x; dropout keys come from one draw."""
+    dropping = [layer.dropout_p(name) > 0 if name is not None else False for layer, name, _ in members]
+    keys = iter(ops.new_dropout_keys(x.device, sum(dropping)) if any(dropping) else ())
+    return [
+        ops.Projection(weight, layer.bias)
+        if name is None
+        else layer.projection(name, weight, next(keys) if drops else None)
+        for (layer, name, weight), drops in zip(members, dropping)
+    ]

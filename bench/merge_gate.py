@@ -1,4 +1,4 @@
-"""May training merge? The experiment behind table.MERGE_IN_TRAINING (route merge: W' = W + scale * B @ A, in 16 bits).
+"""May training merge? The experiment behind table.MERGE_M (route merge: W' = W + scale * B @ A, in 16 bits).
 
     python -m bench.merge_gate [--steps 250] [--seeds 3]
 

@@ -82,18 +82,15 @@ def test_what_neither_can_take_is_dequantised(card):
 
 
 def test_merging(card):
-    """16 bits, no dropout, enough tokens; in training also enough weights, and then in both directions."""
+    """16 bits, no dropout, enough tokens, no training; by name also in training, and then in both directions."""
     card(90)
-    assert picks(call(table.MERGE_M)) == ("dequantize", "merge", "merge")
-    assert picks(call(table.MERGE_M, trained=False))[1] == "merge"
-    assert picks(call(table.MERGE_M - 1))[1:] == ("split", "split")
-    assert picks(call(4096, p=0.1))[1:] == ("split", "split")
-    assert picks(call(4096, dtype=torch.float32))[1:] == ("split", "split")
-    small = call(4096, K=64)._replace(N=table.MERGE_IN_TRAINING // 64 - 1)
-    assert call(1).N * call(1).K >= table.MERGE_IN_TRAINING
-    assert picks(small)[1:] == ("split", "split")
-    assert picks(small._replace(N=small.N + 1))[1:] == ("merge", "merge")
-    assert picks(small._replace(trained=False))[1] == "merge"
+    assert picks(call(table.MERGE_M, trained=False)) == ("dequantize", "merge", "merge")
+    assert picks(call(table.MERGE_M))[1:] == ("split", "split")
+    assert picks(call(table.MERGE_M - 1, trained=False))[1:] == ("split", "split")
+    assert picks(call(4096, p=0.1, trained=False))[1:] == ("split", "split")
+    assert picks(call(4096, dtype=torch.float32, trained=False))[1:] == ("split", "split")
+    asked = [pick(call(4096), "auto", "merge").route for pick in (table.linear, table.linear_backward)]
+    assert asked == ["merge", "merge"]
 
 
 def test_what_the_merge_kernel_cannot_address_is_not_merged(card):
@@ -162,7 +159,9 @@ def test_every_pick_says_why(card):
     assert choose(call(64)).because == "bitsandbytes: 64 tokens, at most 128 on sm_89 (prior: bitsandbytes' table)"
     assert choose(call(4)).because == "4 tokens, at most 8"
     assert choose(call(1024, p=0.1)).because == "dequantize: card 89 (sm_89)"
-    assert choose(call(1024)).because == "1024 tokens, at least 256, no dropout"
+    assert choose(call(1024, trained=False)).because == (
+        "1024 tokens, at least 256, no dropout, no gradients for the adapter"
+    )
     assert choose(call(64), route="merge").because == "asked for"
     assert choose(call(64), "torch").route == REFERENCE
 

@@ -49,14 +49,10 @@ SMALL, SMALL_M = 4 << 20, 320
 
 # From this many tokens merging beats split. Calculated: merging costs 2 R operations a weight more than dequantising,
 # split moves 2 M K + 4 M N bytes and launches two kernels more; at 4096 x 4096, R = 16 they are equal near M = 330 on a
-# card of 1 TB/s, launches not counted (kernels.md 2.3, 3.2).
+# card of 1 TB/s, launches not counted (kernels.md 2.3, 3.2). For inference only: in training the gate of
+# bench/merge_gate.py is not passed (layers below 2**20 weights keep 0.8 to 1.4 of the smallest updates, and not 0.95 to
+# 1.05; bench/results/merge_gate.md), so that merging is for who asks for it by name, use_route("merge").
 MERGE_M = 256
-
-# Weights that a layer must have to be merged in training. Measured: bench/merge_gate.py, written up in
-# bench/results/merge_gate.md. What W' keeps of an update far below half an ulp is all of it on average, with a standard
-# deviation that falls with the root of the size: 0.023 after 5 steps at 2**20 weights, hence 0.011 here, where leaving
-# 0.95 to 1.05 is four of them away.
-MERGE_IN_TRAINING = 1 << 22
 
 
 class Call(NamedTuple):
@@ -210,15 +206,16 @@ def _linear(call: Call, backend: Backend, route: Route, loaded: bool) -> Choice:
     if base.route == "fused":
         return Choice("lora_linear", "fused", base.because, "triton")
     if _merges(call):
-        return Choice("lora_linear", "merge", f"{call.tokens} tokens, at least {MERGE_M}, no dropout", "triton")
+        because = f"{call.tokens} tokens, at least {MERGE_M}, no dropout, no gradients for the adapter"
+        return Choice("lora_linear", "merge", because, "triton")
     return Choice("lora_linear", "split", f"{base.route}: {base.because}", "triton")
 
 
 def _merges(call: Call) -> bool:
     """Not in fp32, where rounding the merged weight would be the largest error of the layer."""
-    if call.p or call.tokens < MERGE_M or call.dtype == torch.float32 or _why_not_merge(call):
+    if call.trained or call.p or call.tokens < MERGE_M or call.dtype == torch.float32:
         return False
-    return not call.trained or call.N * call.K >= MERGE_IN_TRAINING
+    return _why_not_merge(call) is None
 
 
 def _why_not_merge(call: Call) -> str | None:

@@ -1,8 +1,10 @@
-"""A QLoRA training step of a small Llama on an NF4 base: forward, backward, AdamW; against peft + bitsandbytes.
+"""A training step of a small Llama, forward, backward and AdamW, against peft: QLoRA on an NF4 base of bitsandbytes, the
+same layers on both sides, and LoRA on a dense one.
 
-The same layers of bitsandbytes on both sides; kernels outside the linear layers are transformers' own on both.
+Under autocast the adapters are fp32 and the stream too; kernels outside the linear layers are transformers' own.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,8 +31,8 @@ def saved_llama(folder: str, hidden: int, intermediate: int, layers: int) -> str
     return folder
 
 
-def adapted(library: Any, folder: str, device: torch.device, compute: torch.dtype, p: float) -> Any:
-    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute)
+def adapted(library: Any, folder: str, device: torch.device, bits: int, compute: torch.dtype, p: float) -> Any:
+    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute) if bits == 4 else None
     model = LlamaForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=compute, device_map={"": device}, local_files_only=True
     )
@@ -54,23 +56,25 @@ def step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], torch.Te
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    hidden, intermediate, layers, batch, length = SHAPES[device.type]
-    ids = torch.randint(0, 2048, (batch, length), device=device)
-    shape = f"llama hidden={hidden} layers={layers} tokens={batch * length} r=16 nf4"
     with tempfile.TemporaryDirectory() as folder:
-        saved_llama(folder, hidden, intermediate, layers)
-        for dtype in (torch.float32, torch.bfloat16):
-            for p in (0.0, 0.05):
-                libraries = {library.__name__: library for library in (peft, peft_fast)}
-                runs = {
-                    name: step(adapted(library, folder, device, dtype, p), ids, dtype == torch.bfloat16)
-                    for name, library in libraries.items()
-                }
+        saved_llama(folder, *SHAPES[device.type][:3])
+        for bits, dtype, p in itertools.product((4, 16), (torch.float32, torch.bfloat16), (0.0, 0.05)):
+            yield _case(device, folder, bits, dtype, p)
 
-                def gate(runs=runs, p=p, dtype=dtype) -> None:
-                    theirs, ours = (run().item() for run in runs.values())
-                    if p == 0.0:  # with dropout the masks differ by design
-                        assert abs(ours - theirs) < 1e-2 * abs(theirs), (ours, theirs)
 
-                name = f"{shape} p={p}" + (" autocast" if dtype == torch.bfloat16 else "")
-                yield Case("qlora_step", name, dtype, "forward+backward+AdamW", runs, gate)
+def _case(device: torch.device, folder: str, bits: int, dtype: torch.dtype, p: float) -> Case:
+    hidden, _, layers, batch, length = SHAPES[device.type]
+    ids, autocast = torch.randint(0, 2048, (batch, length), device=device), dtype == torch.bfloat16
+    runs = {
+        library.__name__: step(adapted(library, folder, device, bits, dtype, p), ids, autocast)
+        for library in (peft, peft_fast)
+    }
+
+    def gate() -> None:
+        theirs, ours = (run().item() for run in runs.values())
+        if p == 0.0:  # with dropout the masks differ by design
+            assert abs(ours - theirs) < 1e-2 * abs(theirs), (ours, theirs)
+
+    name = f"llama hidden={hidden} layers={layers} tokens={batch * length} r=16 {'nf4' if bits == 4 else 'dense'} p={p}"
+    op = "qlora_step" if bits == 4 else "lora_step"
+    return Case(op, f"{name} autocast" if autocast else name, dtype, "forward+backward+AdamW", runs, gate)

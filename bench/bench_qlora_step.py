@@ -1,5 +1,5 @@
-"""A training step of a small Llama, forward, backward and AdamW, against peft: QLoRA on an NF4 base of bitsandbytes, the
-same layers on both sides, and LoRA on a dense one.
+"""A training step of a small Llama, forward, backward and AdamW, against peft: QLoRA on an NF4 base of bitsandbytes
+(the same layers on both sides), and LoRA on a dense one.
 
 Under autocast the adapters are fp32 and the stream too; kernels outside the linear layers are transformers' own.
 """

@@ -102,7 +102,7 @@ def quant_matmul_dx(
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """factor * a @ b with one rounding: the factor is applied to the accumulator."""
-    return a @ b if factor == 1.0 else torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
+    return a @ b if factor == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
 
 
 def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,18 +131,21 @@ def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -
 
 def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Sequence[Tensor | None]) -> Tensor:
     """s [M, sum R_j]: what lora_down gives for each A_j, side by side."""
+    if len(A) == 1:
+        return lora_down(x, A[0], p[0], key[0])
     if any(p):
-        return _side_by_side([lora_down(x, *adapter) for adapter in zip(A, p, key)])
+        return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
     return lora_down(x, _stacked(A, x.dtype))
 
 
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-
-
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The A_j one below the other: x is read once for all, at the price of copying A, where there are several."""
-    return A[0] if len(A) == 1 else torch.cat([a.to(dtype) for a in A])
+    """The A_j one below the other: x is read once for all, at the price of copying A."""
+    return torch.cat([a.to(dtype) for a in A])
+
+
+def _columns(s: Tensor, B: Sequence[Tensor]) -> Sequence[Tensor]:
+    """s [M, sum R_j] by adapter; Tensor.split takes 8 us."""
+    return [s] if len(B) == 1 else s.split([b.shape[1] for b in B], dim=1)
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -192,13 +195,15 @@ def lora_down_group_backward(
     needs_dA: bool = True,
 ) -> list[Tensor | None]:
     """lora_down_backward of each A_j for ds [M, sum R_j]."""
+    if len(A) == 1:
+        return [lora_down_backward(ds, x, A[0], p[0], key[0], dx, needs_dA)]
     ranks = [a.shape[0] for a in A]
     if any(p):
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     dA = lora_down_backward(ds, x, _stacked(A, ds.dtype), 0.0, None, dx, needs_dA)
-    if dA is None or len(A) == 1:
-        return [dA] * len(A)
+    if dA is None:
+        return [None] * len(A)
     return [part.to(a.dtype, copy=True) for part, a in zip(dA.split(ranks), A)]  # an op's outputs share no memory
 
 
@@ -206,7 +211,7 @@ def lora_up_add_group_(
     y: Sequence[Tensor], s: Tensor, B: Sequence[Tensor], scale: Sequence[float], bias: Sequence[Tensor | None]
 ) -> None:
     """lora_up_add_ of each y_j, for s [M, sum R_j]."""
-    for y_j, s_j, b, factor, bias_j in zip(y, s.split([b.shape[1] for b in B], dim=1), B, scale, bias):
+    for y_j, s_j, b, factor, bias_j in zip(y, _columns(s, B), B, scale, bias):
         lora_up_add_(y_j, s_j, b, factor, bias_j)
 
 
@@ -219,10 +224,12 @@ def lora_up_group_backward(
     needs_dB: bool = True,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """ds [M, sum R_j] and the dB_j of lora_up_backward, for each dy_j."""
-    parts = zip(dy, s.split([b.shape[1] for b in B], dim=1), B, scale)
-    grads = [lora_up_backward(*part, needs_ds, needs_dB) for part in parts]
+    grads = [lora_up_backward(*part, needs_ds, needs_dB) for part in zip(dy, _columns(s, B), B, scale)]
     ds = [of_s for of_s, _ in grads if of_s is not None]
-    return _side_by_side(ds) if needs_ds else None, [of_B for _, of_B in grads]
+    dB = [of_B for _, of_B in grads]
+    if not needs_ds:
+        return None, dB
+    return ds[0] if len(ds) == 1 else torch.cat(ds, dim=1), dB
 
 
 def _activation(g: Tensor, activation: str) -> Tensor:

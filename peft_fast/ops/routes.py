@@ -122,7 +122,8 @@ def forward_group(x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora]
 
 
 def _differ(choices: Sequence[Choice]) -> bool:
-    return any((choice.route, choice.backend) != (choices[0].route, choices[0].backend) for choice in choices)
+    first = choices[0]
+    return any((choice.route, choice.backend) != (first.route, first.backend) for choice in choices[1:])
 
 
 def _merged_product(run, x: Tensor, bias: Tensor | None, lora: Lora) -> Tensor:
@@ -160,18 +161,25 @@ def backward_group(
     ds, dB, dA = None, [None] * len(lora), [None] * len(lora)
     if needs_ds or any(needs_dB):
         ds, dB = run.lora_up_group_backward(dy, s, B, [one.scale for one in lora], needs_ds, any(needs_dB))
-    parts = [None] * len(lora) if ds is None else ds.split([one.A.shape[0] for one in lora], dim=1)
-    for dy_j, ds_j, one in zip(dy, parts, lora) if needs_dx else ():
-        if route == "merge":
-            dx = _merged_dx(run, dy_j, one, dx)
-        elif route == "fused":
-            dx = _sum(run.quant_matmul_dx(dy_j, one.weight, ds_j, one.A, one.p, one.key), dx)
-        else:
-            dx = product_dx(dy_j, one.weight, one.backend, dx)
+    if needs_dx:
+        dx = _dx(route, run, dy, ds, lora)
     added_to = dx if route not in ("merge", "fused") else None
     if any(needs_dA) or added_to is not None:  # one pass over x gives dA and adds LoRA's part to dx
         dA = run.lora_down_group_backward(ds, x, A, p, key, added_to, any(needs_dA))
     return dx, _needed(dA, needs_dA), _needed(dB, needs_dB)
+
+
+def _dx(route: str, run, dy: Sequence[Tensor], ds: Tensor | None, lora: Sequence[Lora]) -> Tensor | None:
+    """dx [M, K] of the base weights; on routes merge and fused with LoRA's part."""
+    dx = None
+    if route == "fused":
+        assert ds is not None
+        for dy_j, ds_j, one in zip(dy, ds.split([one.A.shape[0] for one in lora], dim=1), lora):
+            dx = _sum(run.quant_matmul_dx(dy_j, one.weight, ds_j, one.A, one.p, one.key), dx)
+        return dx
+    for dy_j, one in zip(dy, lora):
+        dx = _merged_dx(run, dy_j, one, dx) if route == "merge" else product_dx(dy_j, one.weight, one.backend, dx)
+    return dx
 
 
 def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:

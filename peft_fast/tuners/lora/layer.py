@@ -356,7 +356,7 @@ class Linear(LoraLayer):
     def projection(self, name: str, weight: Tensor | QuantizedWeight, key: Tensor | None) -> ops.Projection:
         """The base layer and one adapter as ops take them for one forward; `key`: a new one, where it drops out."""
         A, B = self.factors(name)
-        bias, extra = self.bias, self.get_delta_bias(name)
+        bias, extra = self.bias, None if B.bias is None else self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
         return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], self.dropout_p(name), key)
@@ -364,9 +364,11 @@ class Linear(LoraLayer):
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
         """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
         key = ops.new_dropout_key(x.device) if self.dropout_p(name) else None
-        (A, B), layer = self.factors(name), self.projection(name, weight, key)
+        layer = self.projection(name, weight, key)
+        assert layer.A is not None
+        assert layer.B is not None
         return ops.lora_linear(
-            x, weight, A.weight, B.weight, layer.scale, layer.bias, dtype=dtype, backend=self.backend,
+            x, weight, layer.A, layer.B, layer.scale, layer.bias, dtype=dtype, backend=self.backend,
             dropout_p=layer.dropout_p, dropout_key=key,
         )  # fmt: skip
 

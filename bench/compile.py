@@ -32,8 +32,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # the most that one block may have
 TARGETS = tuple(SHARED_KB)
 NO_DOT = (
-    "dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "glu_",
-    "scale_columns_", "segment_sum_kernel",
+    "dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "sum_both_kernel",
+    "glu_", "scale_columns_", "segment_sum_kernel",
 )  # fmt: skip
 EXACT = ("dequantize", "quant_matmul")  # decode a format whose roundings are part of it
 SASS_BUDGET = 10  # per weight, of the whole kernel

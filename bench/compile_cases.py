@@ -21,6 +21,7 @@ from peft_fast.kernels import (
     lora_down,
     lora_embedding,
     lora_up_add,
+    lora_up_glu,
     quant_gemv,
     quant_matmul,
     scale_columns,
@@ -45,6 +46,7 @@ def launches(quick: bool, target: int) -> Named:
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
             yield from _glu(dname, dtype, quick)
+            yield from _up_glu(dname, dtype, quick)
             yield from _scale_columns(dname, dtype, quick)
             yield from _embedding(dname, dtype, quick)
 
@@ -77,6 +79,11 @@ def _lora(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                 lambda y=y, s=s, B=B: lora_up_add.lora_up_add_(y, s, B, 2.0, None if quick else y[0]),
                 lambda y=y, s=s, B=B: lora_up_add.lora_up_backward(y, s, B, 2.0),
             )
+            wide = 1024 + N % 16  # several programs along N: ds is a sum of theirs
+            dy, wide_B = torch.zeros(M, wide, dtype=dtype), torch.zeros(wide, R, dtype=adapter)
+            yield from _recorded(
+                f"{tag} wide", lambda dy=dy, s=s, B=wide_B: lora_up_add.lora_up_backward(dy, s, B, 2.0)
+            )
 
 
 def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
@@ -105,6 +112,12 @@ def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                 tag,
                 lambda y=y, s=s, B=B, scale=scale, bias=bias: lora_up_add.lora_up_add_group_(y, s, B, scale, bias),
                 lambda y=y, s=s, B=B, scale=scale: lora_up_add.lora_up_group_backward(y, s, B, scale),
+            )
+            dy = [torch.zeros(M, 1024 + n, dtype=dtype) for n in (0, 512, 512)[:count]]
+            wide_B = [torch.zeros(t.shape[1], R, dtype=adapter) for t in dy]
+            yield from _recorded(
+                f"{tag} wide",
+                lambda dy=dy, s=s, B=wide_B, scale=scale: lora_up_add.lora_up_group_backward(dy, s, B, scale),
             )
 
 
@@ -207,6 +220,25 @@ def _glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             lambda a=activation: glu.glu(g, g.clone(), a),
             lambda a=activation: glu.glu_backward_(g.clone(), g, g.clone(), a, needs_h=True),
         )
+
+
+def _up_glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    """In fp32 it is lora_up_add and glu."""
+    if dname == "fp32":
+        return
+    for R in (16,) if quick else (16, 17, 32, 64):
+        g, s = torch.zeros(64, 256, dtype=dtype), torch.zeros(64, 2 * R, dtype=dtype)
+        for adapter in dict.fromkeys((dtype, torch.float32)):
+            B = [torch.zeros(256, R, dtype=adapter)] * 2
+            tag = f"{dname} R{R}" + (" fp32-adapter" if adapter != dtype else "")
+            for activation in ("silu",) if quick or R != 16 else ("silu", "gelu", "gelu_tanh"):
+                for keep in (True, False):
+                    yield from _recorded(
+                        f"{tag} {activation}" + ("" if keep else " over g"),
+                        lambda a=activation, k=keep, g=g, s=s, B=B: lora_up_glu.lora_up_glu(
+                            g.clone(), g.clone(), s, B, [2.0, 1.5], a, k
+                        ),
+                    )
 
 
 def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:

@@ -87,11 +87,19 @@ def lora_up_forward(R: int, itemsize: int) -> dict:
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=rank_block(R, itemsize))
 
 
-def lora_up_backward(R: int, itemsize: int) -> dict:
+def lora_up_glu(R: int) -> dict:
+    """16 bits only. Two tiles of lora_up_forward's at once: half as wide each."""
+    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_R=rank_block(R, 2), num_warps=4)
+
+
+def lora_up_backward(R: int, itemsize: int, aligned: bool = True) -> dict:
+    """BLOCK_N * BLOCK_R elements of dB are kept in registers."""
     block_r = rank_block(R, itemsize)
     if itemsize == 4:
-        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=block_r)
-    return dict(BLOCK_M=128 if block_r == 16 else 64, BLOCK_N=32 if block_r == 32 else 64, BLOCK_R=block_r)
+        return dict(BLOCK_M=16, BLOCK_N=64, BLOCK_R=block_r, num_warps=8 if not aligned else 4)
+    if not aligned:
+        return dict(BLOCK_M=16, BLOCK_N=128, BLOCK_R=block_r, num_warps=8)
+    return dict(BLOCK_M=32, BLOCK_N=8192 // block_r, BLOCK_R=block_r, num_warps=8, num_stages=2)
 
 
 def lora_embedding(R: int, itemsize: int) -> dict:

@@ -20,9 +20,7 @@ from . import tiles
 from .tiles import rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-BLOCK = (
-    1024  # elements a program takes of one row: with 4 warps, 16 bytes a thread and load where they are 16 bits wide
-)
+BLOCK = 1024  # elements a program takes of one row: with 4 warps, 16 bytes a thread and load where they have 16 bits
 CONFIG = dict(BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
 
 
@@ -35,7 +33,7 @@ def _logistic(z):
 
 
 @triton.jit
-def _activation(g, ACTIVATION: tl.constexpr):
+def activation_and_slope(g, ACTIVATION: tl.constexpr):
     """(act(g), act'(g)): all are g * c(g) with a cumulative distribution c, hence act' = c + g * c'."""
     if ACTIVATION == "gelu":
         c = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)  # 1 / sqrt(2)
@@ -65,7 +63,7 @@ def _glu_fwd_kernel(
     m, f = _place(F, BLOCK)
     g = tl.load(g_ptr + m * stride_g_m + f, mask=f < F, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + m * stride_u_m + f, mask=f < F, other=0.0).to(tl.float32)
-    act, _ = _activation(g, ACTIVATION)
+    act, _ = activation_and_slope(g, ACTIVATION)
     tl.store(h_ptr + m * stride_h_m + f, act * u, mask=f < F)
 
 
@@ -81,7 +79,7 @@ def _glu_bwd_kernel(
     dh = tl.load(dh_ptrs, mask=f < F, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + m * stride_g_m + f, mask=f < F, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + m * stride_u_m + f, mask=f < F, other=0.0).to(tl.float32)
-    act, slope = _activation(g, ACTIVATION)
+    act, slope = activation_and_slope(g, ACTIVATION)
     tl.store(dh_ptrs, dh * act, mask=f < F)
     tl.store(dg_ptr + m * stride_dg_m + f, dh * u * slope, mask=f < F)
     if NEEDS_H:

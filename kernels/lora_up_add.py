@@ -5,9 +5,10 @@
 
 The s_j lie side by side in one s [M, sum R_j], and so do the ds_j: what lora_down.py gives and takes. The forward reads
 y once and writes it once; s @ B.T never reaches memory. The backward reads dy once for both outputs: a program owns
-rows of one dy, keeps its ds in registers and leaves a partial dB, which a second stage sums in fixed order. B may be
-fp32 under a 16-bit y: its tiles are rounded in registers. fp32 accumulation, one rounding on store; dB is written in
-B's dtype. The same in plain torch: reference.py.
+columns of one dy and walks down some of its rows. It keeps its dB in registers, and leaves a partial dB for these rows
+and partial ds for these columns, which a second stage sums in fixed order. B may be fp32 under a 16-bit y: its tiles
+are rounded in registers. fp32 accumulation, one rounding on store; dB is written in B's dtype. The same in plain torch:
+reference.py.
 
 Several adapters share a launch and nothing else: each program belongs to one of them, and takes the branch of a kernel
 that has its pointers.
@@ -21,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, tiles
-from .reduce import sum_partials, sum_partials_of
+from .reduce import sum_both, sum_partials_of
 from .tiles import in_one_launch, input_precision, rows, strides, thrice, warps
 
-SLAB = 8192  # rows of dy per launch of the backward: bounds its workspace at SLAB / BLOCK_M * N * R * 4 bytes,
-# 59 MB for N = 14336, R = 16
+SLAB = 8192  # rows of dy per launch of the backward: bounds what is left in ds, SLAB * R * 4 bytes for every BLOCK_N
+# columns of dy: 15 MB for N = 14336, R = 16
+PROGRAMS = 256  # as lora_down.py has it
 
 
 @triton.jit
@@ -81,59 +83,67 @@ def _lora_up_add_fwd_kernel(
 
 @triton.jit
 def _up_backward(
-    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, scale, program, M, N, R, stride_dy_m, stride_s_m, stride_b_n, stride_ds_m,
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, scale, start, end, r0, M, N, R, stride_dy_m, stride_s_m, stride_b_n,
+    stride_ds_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of dy, one tile of R; dB [N, R] to db_ptr"""
-    m = program * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
+    """BLOCK_N columns of dy, its rows from start to end, one tile of R. ds goes to ds_ptr[columns, M, R], dB [N, R] to
+    db_ptr; nothing beyond N"""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
+    of_b = (n[:, None] < N) & (r < R)
     factor = tl.cast(scale, tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    s = tl.load(s_ptr + m * stride_s_m + r, mask=(m < M) & (r < R), other=0.0)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    ds_ptr += tl.program_id(0).to(tl.int64) * M * stride_ds_m
+    db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=of_b, other=0.0).to(s_ptr.dtype.element_ty)
+    for m0 in range(start, end, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
         dy = tl.load(dy_ptr + m * stride_dy_m + n[None, :], mask=(m < M) & (n[None, :] < N), other=0.0)
-        of_b = (n[:, None] < N) & (r < R)
         if NEEDS_DS:
-            b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=of_b, other=0.0).to(dy.dtype)
-            acc = tl.dot(dy, b, acc, input_precision=PRECISION)
+            ds = tl.dot(dy, b, input_precision=PRECISION) * factor
+            tl.store(ds_ptr + m * stride_ds_m + r, ds, mask=(m < M) & (r < R))
         if NEEDS_DB:
-            db = tl.dot(tl.trans(dy), s, input_precision=PRECISION) * factor
-            tl.store(db_ptr + n[:, None].to(tl.int64) * R + r, db, mask=of_b)
-    if NEEDS_DS:
-        tl.store(ds_ptr + m * stride_ds_m + r, acc * factor, mask=(m < M) & (r < R))
+            s = tl.load(s_ptr + m * stride_s_m + r, mask=(m < M) & (r < R), other=0.0)
+            db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
+    if NEEDS_DB:
+        tl.store(db_ptr + n[:, None].to(tl.int64) * R + r, db * factor, mask=of_b)
 
 
-@triton.jit(do_not_specialize=["M", "numel"])
+@triton.jit(do_not_specialize=["M", "numel", "rows_per_split", "rank_tiles"])
 def _lora_up_bwd_kernel(
     dy0_ptr, dy1_ptr, dy2_ptr, s_ptr, b0_ptr, b1_ptr, b2_ptr, ds_ptr, db_ptr,
-    scale0, scale1, scale2, M, numel, N0, N1, N2, R0, R1, R2,
+    scale0, scale1, scale2, M, numel, N0, N1, N2, R0, R1, R2, rows_per_split, rank_tiles,
     stride_dy0_m, stride_dy1_m, stride_dy2_m, stride_s_m, stride_b0_n, stride_b1_n, stride_b2_n, stride_ds_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, COUNT: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows of one dy, one tile of R. The dB_j go to db_ptr[program, numel], one after another."""
-    program, adapter = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    db_ptr += program * numel
-    if adapter == 0:
+    """One program: BLOCK_N columns of one dy, rows_per_split rows, one tile of R. The dB_j go to db_ptr[split, numel],
+    one after another, the ds_j side by side to ds_ptr[columns, M, sum of R]."""
+    split, adapter = (tl.program_id(1) // rank_tiles).to(tl.int64), tl.program_id(2)
+    r0, n0 = (tl.program_id(1) % rank_tiles) * BLOCK_R, tl.program_id(0) * BLOCK_N
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, M)
+    db_ptr += split * numel
+    if (adapter == 0) & (n0 < N0):
         _up_backward(
-            dy0_ptr, s_ptr, b0_ptr, ds_ptr, db_ptr, scale0, program, M, N0, R0, stride_dy0_m, stride_s_m, stride_b0_n,
-            stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
+            dy0_ptr, s_ptr, b0_ptr, ds_ptr, db_ptr, scale0, start, end, r0, M, N0, R0, stride_dy0_m, stride_s_m,
+            stride_b0_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
         )  # fmt: skip
     if COUNT > 1:
         db_ptr += tl.cast(N0, tl.int64) * R0
-        if adapter == 1:
+        if (adapter == 1) & (n0 < N1):
             _up_backward(
-                dy1_ptr, s_ptr + R0, b1_ptr, ds_ptr + R0, db_ptr, scale1, program, M, N1, R1, stride_dy1_m, stride_s_m,
-                stride_b1_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
+                dy1_ptr, s_ptr + R0, b1_ptr, ds_ptr + R0, db_ptr, scale1, start, end, r0, M, N1, R1, stride_dy1_m,
+                stride_s_m, stride_b1_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
             )  # fmt: skip
     if COUNT > 2:
         db_ptr += tl.cast(N1, tl.int64) * R1
-        if adapter == 2:
+        if (adapter == 2) & (n0 < N2):
             _up_backward(
-                dy2_ptr, s_ptr + R0 + R1, b2_ptr, ds_ptr + R0 + R1, db_ptr, scale2, program, M, N2, R2, stride_dy2_m,
-                stride_s_m, stride_b2_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
+                dy2_ptr, s_ptr + R0 + R1, b2_ptr, ds_ptr + R0 + R1, db_ptr, scale2, start, end, r0, M, N2, R2,
+                stride_dy2_m, stride_s_m, stride_b2_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB,
+                PRECISION,
             )  # fmt: skip
 
 
@@ -170,29 +180,47 @@ def lora_up_group_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """ds [M, sum R_j] in the dtype of dy, and dB_j [N_j, R_j] in that of B_j, None where they are not needed."""
     dy, s, B = [rows(t) for t in dy], rows(s), [rows(b) for b in B]
-    M, ranks, widths = s.shape[0], [b.shape[1] for b in B], [b.shape[0] for b in B]
-    numel = sum(b.numel() for b in B)
+    M, ranks = s.shape[0], [b.shape[1] for b in B]
     ds = dy[0].new_empty(M, sum(ranks)) if needs_ds else None
-    before: Tensor | None = None
-    dB: list[Tensor | None] = [b.new_zeros(b.shape) if needs_dB else None for b in B] if M == 0 else [None] * len(B)
-    config = configs.lora_up_backward(max(ranks), s.element_size())
+    if M == 0 or not any(b.numel() for b in B):
+        return None if ds is None else ds.zero_(), [b.new_zeros(b.shape) if needs_dB else None for b in B]
+    sums: list[Tensor] = []
     for start in range(0, M, SLAB):
         slab = slice(start, min(start + SLAB, M))
-        programs = triton.cdiv(slab.stop - start, config["BLOCK_M"])
-        partial = torch.empty((programs if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
-        of_ds = partial if ds is None else ds[slab]
-        _lora_up_bwd_kernel[(programs, triton.cdiv(max(ranks), config["BLOCK_R"]), len(B))](
-            *thrice([t[slab] for t in dy], dy[0][slab]), s[slab], *thrice(B, B[0]), of_ds, partial,
-            *thrice(scale, 1.0), slab.stop - start, numel, *thrice(widths, 0), *thrice(ranks, 0),
-            *strides(dy), s.stride(0), *strides(B), of_ds.stride(0),
-            COUNT=len(B), NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=input_precision(),
-            num_warps=warps(*dy), enable_fp_fusion=True, **config,
-        )  # fmt: skip
-        if needs_dB and slab.stop == M:
-            dB[:] = sum_partials_of(partial, B, start=before)
+        of_ds, partial, columns = _first_stage(
+            [t[slab] for t in dy], s[slab], B, scale, ds if ds is None else ds[slab], needs_dB
+        )
+        like, before = B if slab.stop == M else [partial[0]], sums[0] if sums else None
+        if ds is not None and max(columns) > 1:
+            sums = sum_both(of_ds, ds[slab], columns, ranks, partial, like if needs_dB else [partial], before)
         elif needs_dB:
-            before = sum_partials(partial, torch.float32, start=before)
-    return ds, dB
+            sums = sum_partials_of(partial, like, before)
+    return ds, list(sums) if needs_dB else [None] * len(B)
+
+
+def _first_stage(
+    dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(ds, or partials of it [columns, M, sum R_j], partials of the dB_j [splits, numel], how many of the columns each
+    dy has)."""
+    M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
+    config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)
+    columns, steps = [triton.cdiv(b.shape[0], config["BLOCK_N"]) for b in B], triton.cdiv(M, config["BLOCK_M"])
+    splits = min(steps, triton.cdiv(PROGRAMS, sum(columns))) if needs_dB else steps
+    rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
+    splits, rank_tiles = triton.cdiv(M, rows_per_split), triton.cdiv(max(ranks), config["BLOCK_R"])
+    partial = torch.empty((splits if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
+    of_ds = partial if ds is None else ds
+    if ds is not None and max(columns) > 1:
+        of_ds = torch.empty((max(columns), *ds.shape), dtype=torch.float32, device=s.device)
+    _lora_up_bwd_kernel[(max(columns), splits * rank_tiles, len(B))](
+        *thrice(dy, dy[0]), s, *thrice(B, B[0]), of_ds, partial,
+        *thrice(scale, 1.0), M, numel, *thrice([b.shape[0] for b in B], 0), *thrice(ranks, 0), rows_per_split,
+        rank_tiles, *strides(dy), s.stride(0), *strides(B), sum(ranks),
+        COUNT=len(B), NEEDS_DS=ds is not None, NEEDS_DB=needs_dB, PRECISION=input_precision(), enable_fp_fusion=True,
+        **config,
+    )  # fmt: skip
+    return of_ds, partial, columns
 
 
 def lora_up_add_(y: Tensor, s: Tensor, B: Tensor, scale: float, bias: Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 One launch. Added in fp32 in a fixed order, so every bit repeats (atomics would add in the order of arrival), and
 rounded once. The sums of several matrices that lie one behind the other go to a tensor each: what an op returns may not
-share memory.
+share memory. Two sums of one kernel, rows of ds and the dB_j, share a launch (`sum_both`).
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,28 @@ from .tiles import thrice
 DEPTH = 8  # partials that a program loads before it adds them
 
 
-@triton.jit(do_not_specialize=["P"])
-def _sum_partials_kernel(
-    partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr,
-    P, numel, end0, end1,
-    DEPTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, HAS_START: tl.constexpr, ROOT: tl.constexpr,
-):  # fmt: skip
-    """Elements before end0 go to the first of COUNT outputs, those before end1 to the second."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < numel
-    total = tl.load(start_ptr + element, mask=inside, other=0.0) if HAS_START else tl.zeros([BLOCK], tl.float32)
-    for p0 in range(0, P, DEPTH):
+@triton.jit
+def _sum(partial_ptr, total, element, inside, numel, most, P, DEPTH: tl.constexpr):
+    """total [BLOCK] + the sum over p < P of partial[p, element]; P <= most may differ from element to element"""
+    for p0 in range(0, most, DEPTH):
         p = p0 + tl.arange(0, DEPTH)[:, None]
         part = tl.load(
             partial_ptr + p.to(tl.int64) * numel + element[None, :], mask=(p < P) & inside[None, :], other=0.0
         )
         total += tl.sum(part, axis=0)
+    return total
+
+
+@triton.jit
+def _sum_matrices(
+    program, partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr, P, numel, end0, end1,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, HAS_START: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """Elements before end0 go to the first of COUNT outputs, those before end1 to the second."""
+    element = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < numel
+    total = tl.load(start_ptr + element, mask=inside, other=0.0) if HAS_START else tl.zeros([BLOCK], tl.float32)
+    total = _sum(partial_ptr, total, element, inside, numel, P, P, DEPTH)
     if ROOT:
         total = tl.sqrt_rn(total)
     if COUNT == 1:
@@ -43,6 +49,41 @@ def _sum_partials_kernel(
         tl.store(out1_ptr + element - end0, total, mask=(element >= end0) & (element < end1))
     if COUNT > 2:
         tl.store(out2_ptr + element - end1, total, mask=(element >= end1) & inside)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _sum_partials_kernel(
+    partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr,
+    P, numel, end0, end1,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, HAS_START: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    _sum_matrices(
+        tl.program_id(0), partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr, P, numel, end0, end1,
+        DEPTH, BLOCK, COUNT, HAS_START, ROOT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["P", "programs", "rows_numel", "most", "P0", "P1", "P2"])
+def _sum_both_kernel(
+    rows_partial_ptr, rows_ptr, partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr,
+    programs, rows_numel, most, P0, P1, P2, columns, column0, column1, P, numel, end0, end1,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, HAS_START: tl.constexpr,
+):  # fmt: skip
+    """The first `programs` sum rows: P0 partials of the columns before column0, P1 of those before column1, P2 of the
+    rest."""
+    if tl.program_id(0) < programs:
+        element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        column = (element % columns).to(tl.int32)
+        own = tl.where(column < column0, P0, tl.where(column < column1, P1, P2))[None, :]
+        inside = element < rows_numel
+        total = tl.zeros([BLOCK], tl.float32)
+        total = _sum(rows_partial_ptr, total, element, inside, rows_numel, most, own, DEPTH)
+        tl.store(rows_ptr + element, total, mask=inside)
+    else:
+        _sum_matrices(
+            tl.program_id(0) - programs, partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr, P, numel, end0, end1,
+            DEPTH, BLOCK, COUNT, HAS_START, False,
+        )  # fmt: skip
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype, start: Tensor | None = None, root: bool = False) -> Tensor:
@@ -61,13 +102,41 @@ def sum_partials_of(partial: Tensor, like: Sequence[Tensor], start: Tensor | Non
     return outs
 
 
+def sum_both(
+    of_rows: Tensor,
+    out: Tensor,
+    counts: Sequence[int],
+    widths: Sequence[int],
+    partial: Tensor,
+    like: Sequence[Tensor],
+    start: Tensor | None = None,
+) -> list[Tensor]:
+    """In one launch: `sum_partials_of(partial, like, start)`, and to `out` [M, C], contiguous, the sum of fp32 partials
+    of_rows [P, M, C], of which the first widths[0] columns have counts[0], the next widths[1] counts[1], ... partials.
+    """
+    outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+    numel, config = sum(t.numel() for t in outs), configs.SUM_PARTIALS
+    programs = triton.cdiv(out.numel(), config["BLOCK"])
+    column0, column1 = widths[0], sum(widths[:2])
+    _sum_both_kernel[(programs + triton.cdiv(numel, config["BLOCK"]),)](
+        of_rows, out, partial, start, *thrice(outs, outs[0]),
+        programs, out.numel(), max(counts), *thrice(counts, 0), out.shape[1], column0, column1,
+        partial.shape[0], numel, *_ends(outs),
+        DEPTH=DEPTH, COUNT=len(outs), HAS_START=start is not None, **config,
+    )  # fmt: skip
+    return outs
+
+
+def _ends(outs: list[Tensor]) -> tuple[int, int]:
+    end0 = outs[0].numel()
+    return end0, end0 + (outs[1].numel() if len(outs) > 1 else 0)
+
+
 def _launch(partial: Tensor, start: Tensor | None, outs: list[Tensor], root: bool) -> None:
     numel, config = sum(out.numel() for out in outs), configs.SUM_PARTIALS
     if not numel:
         return
-    end0 = outs[0].numel()
-    end1 = end0 + (outs[1].numel() if len(outs) > 1 else 0)
     _sum_partials_kernel[(triton.cdiv(numel, config["BLOCK"]),)](
-        partial, start, *thrice(outs, outs[0]), partial.shape[0], numel, end0, end1,
+        partial, start, *thrice(outs, outs[0]), partial.shape[0], numel, *_ends(outs),
         DEPTH=DEPTH, COUNT=len(outs), HAS_START=start is not None, ROOT=root, **config,
     )  # fmt: skip

@@ -281,6 +281,17 @@ def glu_backward_(
     return dg, dh, h
 
 
+def lora_up_glu(
+    g: Tensor, u: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], activation: str, keep: bool = True
+) -> Tensor:
+    """h [M, F] of g + scale_g * s_g @ B_g.T and u likewise, s being [s_g, s_u]; g and u become these, in place.
+
+    Without `keep` nobody reads g and u again: h lies over g.
+    """
+    lora_up_add_group_([g, u], s, B, scale, [None, None])
+    return glu(g, u, activation, out=None if keep else g)
+
+
 def apply_dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:
     """x [M, K] with the mask of `key`, times c: under torch's own autograd."""
     if key is None:

@@ -5,6 +5,7 @@ from .dequantize_merge import dequantize_merge
 from .glu import glu, glu_backward_
 from .lora_down import lora_down, lora_down_backward, lora_down_group, lora_down_group_backward
 from .lora_up_add import lora_up_add_, lora_up_add_group_, lora_up_backward, lora_up_group_backward
+from .lora_up_glu import lora_up_glu
 from .quant_matmul import quant_matmul, quant_matmul_dx
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "lora_up_add_",
     "lora_up_add_group_",
     "lora_up_backward",
+    "lora_up_glu",
     "lora_up_group_backward",
     "quant_matmul",
     "quant_matmul_dx",

@@ -23,6 +23,7 @@ GROUPS = [
     ((1, 17, 4), (33, 71, 20), (0.0, 0.3, 0.1)),
     ((100, 8), (40, 64), (0.2, 0.0)),
     ((5,), (24,), (0.1,)),
+    ((8, 17), (1040, 70), (0.0, 0.0)),  # of the first several programs leave partial ds, of the second one does
 ]
 
 

@@ -87,14 +87,22 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """(y [M, N], g [M, F], u [M, F], s of gate and up side by side, s of down) in `dtype`; all but y empty where they
     are not kept."""
-    x = x.to(dtype)
-    run = implementation(GLU.choose(backend, x.device, dtype))
     gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
-    (g, u), s = forward_together(x, (gate_layer, up_layer))
     kept = training and not recompute
-    h = run.glu(g, u, activation, out=None if kept else g)
+    g, u, s, h = _gated(x.to(dtype), gate_layer, up_layer, activation, backend, kept)
     y, s_down = down_layer.forward(h)
     return y, *(t if kept else t.new_empty(0) for t in (g, u, s, s_down))
+
+
+def _gated(
+    x: Tensor, gate: Layer, up: Layer, activation: str, backend: Backend, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(g, u, s, h); without `keep` nobody reads g and u again."""
+    glu = GLU.choose(backend, x.device, x.dtype)
+    if gate.lora is not None and up.lora is not None:
+        return routes.forward_gated(x, [gate.bias, up.bias], [gate.lora, up.lora], activation, glu, keep)
+    (g, u), s = forward_together(x, (gate, up))
+    return g, u, s, implementation(glu).glu(g, u, activation, out=None if keep else g)
 
 
 def _backward_fake(
@@ -139,9 +147,8 @@ def _backward(
     s_x, s_down = s
     h: Tensor | None = None
     if recompute:
-        (g, u), s_x = forward_together(z, (gate_layer, up_layer))
-        h_again: Tensor = implementation(GLU.choose(backend, g.device, g.dtype)).glu(g, u, activation)
-        h, s_down = h_again, down_layer.down_again(h_again)
+        g, u, s_x, h = _gated(z, gate_layer, up_layer, activation, backend, keep=True)
+        s_down = down_layer.down_again(h)
     dx: Tensor | None = None
     nothing: list[Tensor | None] = [None] * GRADIENTS
     of_gate, of_up = nothing, nothing
@@ -167,7 +174,7 @@ def _through_down(
     """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
     run = implementation(GLU.choose(backend, g.device, g.dtype))
     needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
-    lacks_h = (needs_dA or needs_dB) and h is None
+    lacks_h = needs_dA and h is None
     dg = du = dA = None
     dh, ds, dB = down.backward_to_x(dy, s, [needs_dh, needs_dA, needs_dB])
     if dh is not None:
@@ -176,8 +183,8 @@ def _through_down(
         h = again if lacks_h else h
     elif lacks_h:
         h = run.glu(g, u, activation)
-    if (needs_dA or needs_dB) and h is not None and down.lora is not None:
-        dA, dB = routes.backward_from_x(dy, h, ds, dB, down.lora, (needs_dA, needs_dB))
+    if h is not None and ds is not None and needs_dA and down.lora is not None:
+        dA = routes.backward_from_x(h, ds, down.lora)
     return dg, du, [dA, dB, down.dbias(dy, needs_dbias)]
 
 

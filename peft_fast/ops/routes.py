@@ -5,8 +5,9 @@
             lora_up_add_(y, s)                             dA = lora_down_backward(ds, x), which adds to dx
     fused   s = lora_down(x)                               ds, dB; dx = quant_matmul_dx(dy, W, ds, A)
             y = quant_matmul(x, W, bias, s, B)             dA = lora_down_backward(ds, x)
-    merge   W' = dequantize_merge(W, A, B)                 s = lora_down(x); ds, dB; W' again; dx = dy @ W'
+    merge   W' = dequantize_merge(W, A, B)                 ds, dB; W' again; dx = dy @ W'
             y = x @ W'.T + bias                            dA = lora_down_backward(ds, x)
+            s = lora_down(x), if trained
 
 `reference` is split in plain torch. W of a k-bit base is written out for one product and freed after it.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_fast.dispatch import Backend, Choice, Route
+from peft_fast.dispatch import REFERENCE, Backend, Choice, Route
 from peft_fast.quant import bitsandbytes_kernels
 from peft_fast.quant.weight import QuantizedWeight
 
@@ -95,7 +96,8 @@ def _sum(dx: Tensor, added_to: Tensor | None) -> Tensor:
 
 
 def forward(x: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
-    """(y [M, N], s [M, R]) for x [M, K] in the dtype of the product. Merging leaves s for the backward to compute."""
+    """(y [M, N], s [M, R]) for x [M, K] in the dtype of the product. s is for the backward: of a layer that is merged
+    and not trained it has no values."""
     (y,), s = forward_group(x, [bias], [lora])
     return y, s
 
@@ -109,16 +111,40 @@ def forward_group(x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora]
     if _differ(choices):
         parts = [forward(x, *one) for one in zip(bias, lora)]
         return [y for y, _ in parts], torch.cat([s for _, s in parts], dim=1)
-    route, run, ranks = choices[0].route, implementation(choices[0]), [one.A.shape[0] for one in lora]
+    route, run = choices[0].route, implementation(choices[0])
+    if route == "merge" and not any(one.trained for one in lora):
+        s = x.new_empty(x.shape[0], sum(one.A.shape[0] for one in lora))
+    else:
+        s = _down(run, x, lora)
     if route == "merge":
-        return [_merged_product(run, x, *one) for one in zip(bias, lora)], x.new_empty(x.shape[0], sum(ranks))
-    s = run.lora_down_group(x, [one.A for one in lora], [one.p for one in lora], [one.key for one in lora])
+        return [_merged_product(run, x, *one) for one in zip(bias, lora)], s
     if route == "fused":
-        each = zip(s.split(ranks, dim=1), bias, lora)
+        each = zip(s.split([one.A.shape[0] for one in lora], dim=1), bias, lora)
         return [run.quant_matmul(x, one.weight, b, s_j, one.B, one.scale) for s_j, b, one in each], s
     y = [product(x, one.weight, b, one.backend) for b, one in zip(bias, lora)]
     run.lora_up_add_group_(y, s, [one.B for one in lora], [one.scale for one in lora], [None] * len(lora))
     return y, s
+
+
+def forward_gated(
+    x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora], activation: str, glu: Choice, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(g, u, s, h = act(g) * u) for the two layers of a gated MLP, g = gate(x) and u = up(x); without `keep` nobody
+    reads g, u and s again. `glu`: who computes h, where not the kernel that adds LoRA's part to g and u."""
+    choices = [table.linear(one.call(x), one.backend, one.route) for one in lora]
+    if _differ(choices) or choices[0].route not in ("split", REFERENCE) or choices[0].backend != glu.backend:
+        (g, u), s = forward_group(x, bias, lora)
+        return g, u, s, implementation(glu).glu(g, u, activation, out=None if keep else g)
+    run = implementation(choices[0])
+    s = _down(run, x, lora)
+    g, u = (product(x, one.weight, b, one.backend) for b, one in zip(bias, lora))
+    h = run.lora_up_glu(g, u, s, [one.B for one in lora], [one.scale for one in lora], activation, keep)
+    return g, u, s, h
+
+
+def _down(run, x: Tensor, lora: Sequence[Lora]) -> Tensor:
+    """s [M, sum R_j]"""
+    return run.lora_down_group(x, [one.A for one in lora], [one.p for one in lora], [one.key for one in lora])
 
 
 def _differ(choices: Sequence[Choice]) -> bool:
@@ -155,8 +181,6 @@ def backward_group(
         return _backward_one_by_one(dy, x, s, lora, needs_dx, needs_dA, needs_dB)
     route, run, dx = choices[0].route, implementation(choices[0]), None
     A, B, p, key = ([getattr(one, name) for one in lora] for name in ("A", "B", "p", "key"))
-    if route == "merge" and any(needs_dB):
-        s = run.lora_down_group(x, A, p, key)
     needs_ds = any(needs_dA) or (needs_dx and route != "merge")
     ds, dB, dA = None, [None] * len(lora), [None] * len(lora)
     if needs_ds or any(needs_dB):
@@ -208,17 +232,14 @@ def _backward_one_by_one(
 def backward_to_x(
     dy: Tensor, s: Tensor, lora: Lora, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, ds, dB): the first half of `backward`, for an x that can be had again only with dx (as in mlp.py).
-
-    ds and dB may be None although they are needed: backward_from_x then computes them.
-    """
+    """(dx, ds, dB): the first half of `backward`, for an x that can be had again only with dx (as in mlp.py)."""
     choice = table.linear_backward(lora.call(dy), lora.backend, lora.route)
     run, (needs_dx, needs_dA, needs_dB) = implementation(choice), needs
-    if choice.route == "merge":
-        return _merged_dx(run, dy, lora) if needs_dx else None, None, None
-    ds, dB = _up(run, dy, s, lora, needs_dx or needs_dA, needs_dB)
+    ds, dB = _up(run, dy, s, lora, needs_dA or (needs_dx and choice.route != "merge"), needs_dB)
     if not needs_dx:
         return None, ds, dB
+    if choice.route == "merge":
+        return _merged_dx(run, dy, lora), ds, dB
     if choice.route == "fused":
         return run.quant_matmul_dx(dy, lora.weight, ds, lora.A, lora.p, lora.key), ds, dB
     dx = product_dx(dy, lora.weight, lora.backend)
@@ -226,24 +247,17 @@ def backward_to_x(
     return dx, ds, dB
 
 
-def backward_from_x(
-    dy: Tensor, x: Tensor, ds: Tensor | None, dB: Tensor | None, lora: Lora, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dA, dB), None where `needs` does not ask for it: the second half."""
+def backward_from_x(x: Tensor, ds: Tensor, lora: Lora) -> Tensor:
+    """dA [R, K]: the second half."""
     choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
-    run, (needs_dA, needs_dB) = implementation(choice), needs
-    if choice.route == "merge":
-        s = run.lora_down(x, lora.A) if needs_dB else x.new_empty(x.shape[0], lora.A.shape[0])
-        ds, dB = _up(run, dy, s, lora, needs_dA, needs_dB)
-    dA = run.lora_down_backward(ds, x, lora.A, lora.p, lora.key) if needs_dA else None
-    return dA, dB
+    return implementation(choice).lora_down_backward(ds, x, lora.A, lora.p, lora.key)
 
 
 def down_again(x: Tensor, lora: Lora) -> Tensor:
-    """s [M, R] as `forward` gives it to `backward`; merging needs none."""
-    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
-    if choice.route == "merge":
+    """s [M, R] as `forward` gives it to `backward`; without values where only dx will be asked for."""
+    if not lora.trained:
         return x.new_empty(x.shape[0], lora.A.shape[0])
+    choice = table.linear_backward(lora.call(x), lora.backend, lora.route)
     return implementation(choice).lora_down(x, lora.A, lora.p, lora.key)
 
 

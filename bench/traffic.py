@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 

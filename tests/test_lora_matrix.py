@@ -77,15 +77,28 @@ def check(row: Row, device: str) -> None:
     """
     case = case_of(row, device)
     needs = (*row["needs"].split(), *(["weight"] if row["weight"] else []))
-    by = dict(backend="torch", route=None) if row["route"] == "reference" else dict(backend="triton", route=row["route"])
+    by = (
+        dict(backend="torch", route=None) if row["route"] == "reference" else dict(backend="triton", route=row["route"])
+    )
     got, again = (case.run(needs=needs, **by) for _ in range(2))
     by_torch, truth = (truth_of(case, convert) for convert in (lambda t: t, Tensor.double))
-    factor = 4.0 if (row["route"], case.x.dtype) == ("merge", torch.float32) else 1.5
+    factor, eps = 4.0 if (row["route"], case.x.dtype) == ("merge", torch.float32) else 1.5, granted(case)
     assert set(got) == {"y", *needs}
     for name, value in got.items():
         assert value.dtype == (case.x if name == "y" else getattr(case, name)).dtype, name
-        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name], case.x.dtype, factor, eps=1.0)
+        assert_as_accurate_as_torch(name, value, by_torch[name], truth[name], case.x.dtype, factor, eps)
         assert torch.equal(value, again[name]), name
+
+
+def granted(case: LoraCase) -> float:
+    """How many eps. One; but with rank 1 and one row, or one that is repeated, all of a gradient hangs on the rounding of
+    one sum, in which torch may be lucky: as many as the terms of that sum are larger than it.
+    """
+    if case.A.shape[0] > 1 or not case.x.shape[0] or (case.x.shape[0] > 1 and case.x.stride(0)):
+        return 1.0
+    x, A, B, dy = (t.double() for t in (case.x[0], case.A[0], case.B[:, 0], case.d_y))
+    sums = ((x, A), (dy.sum(0), B)) if case.x.shape[0] == 1 else ((x, A), (dy.flatten(), B.repeat(dy.shape[0])))
+    return max(1.0, *((a * b).abs().sum().item() / abs((a @ b).item()) for a, b in sums))
 
 
 def truth_of(case: LoraCase, convert) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""lora_linear in all that it can be called with: every pair of types, routes, ranks, tokens, shapes, dropout, layouts of x
-and wanted gradients, against fp64; and that two runs give the same bits.
+"""lora_linear in all that it can be called with: every pair of types, routes, ranks, tokens, shapes, dropout, layouts
+of x and wanted gradients, against fp64; and that two runs give the same bits.
 
 In the interpreter pairs (triples with `slow`) of what it computes rightly. On a GPU the product of all that decides
 about kernels, bf16 and 4096 tokens included, with layouts and gradients in turn.
@@ -91,8 +91,8 @@ def check(row: Row, device: str) -> None:
 
 
 def granted(case: LoraCase) -> float:
-    """How many eps. One; but with rank 1 and one row, or one that is repeated, all of a gradient hangs on the rounding of
-    one sum, in which torch may be lucky: as many as the terms of that sum are larger than it.
+    """How many eps. One; but with rank 1 and one row, or one that is repeated, all of a gradient hangs on the rounding
+    of one sum, in which torch may be lucky: as many as the terms of that sum are larger than it.
     """
     if case.A.shape[0] > 1 or not case.x.shape[0] or (case.x.shape[0] > 1 and case.x.stride(0)):
         return 1.0

@@ -59,7 +59,7 @@ def plot(path: Path) -> Path:
     ax.axvline(1, color="0.5", linewidth=1)
     for y, (_, _, ratio, low, high, _) in enumerate(found):
         ax.plot([low, high], [y, y], color="tab:blue", linewidth=1)
-        ax.plot(ratio, y, "o", color="tab:green" if ratio <= 1 else "tab:red")
+        ax.plot(ratio, y, "o", color="0.4" if 1 / noise <= ratio <= noise else "tab:green" if ratio < 1 else "tab:red")
     ax.set_yticks(range(len(found)), [f"{case} | {baseline}" for case, baseline, *_ in found], fontsize=7)
     ax.invert_yaxis()
     ax.set_xscale("log")

@@ -11,7 +11,7 @@ ready = $(if $(filter .venv/bin/python,$(PY)),.venv/ready-$(1))
 # Two workers, one thread each: the tests' matrices are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help finetune test test-all check lint types format compile bench gpu clean
+.PHONY: help finetune test test-all check lint types format compile bench bench-pytest gpu clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
@@ -39,8 +39,10 @@ gpu: $(call ready,test) ## on a GPU: the correctness suite compiled, then the be
 
 compile: $(call ready,test) ## compile every kernel for every GPU: registers, spills, shared memory
 	@$(PY) -m bench.compile $(ARGS)
-bench: $(call ready,test) ## benchmarks on this machine: a table, and rows under bench/results
+bench: $(call ready,test) ## benchmarks on this machine: a table, and rows and a picture under bench/results
 	@$(PY) -m bench.run $(ARGS)
+bench-pytest: $(call ready,test) ## the same cases under pytest-benchmark, which keeps and compares runs
+	$(PY) -m pytest bench/test_bench.py --benchmark-columns=min,median,stddev,rounds $(ARGS)
 
 lint: $(call ready,lint) ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

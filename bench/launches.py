@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from bench import traffic
+
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",
     torch.int32: "i32", torch.int64: "i64",
@@ -28,16 +30,22 @@ class Launch:
     constexprs: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]  # arguments known to be multiples of 16: pointers (bytes) and integers
     options: tuple[tuple[str, Any], ...]
-    grid: tuple[int, ...] = field(default=(), compare=False)  # decides nothing about the binary
+    grid: tuple[int, ...] = field(default=(), compare=False)  # decides nothing about the binary, nor does
+    tensors: tuple[tuple[str, traffic.Extent], ...] = field(default=(), compare=False)  # (argument, its bytes)
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__.strip("_")
 
+    @property
+    def nbytes(self) -> int:
+        """What it moves between memory and the chip, as bench/traffic.py counts it."""
+        return traffic.of_kernel(self.name, dict(self.tensors), dict(self.constexprs))
+
 
 def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: dict) -> Launch:
     """As Triton specialises: 1 and None become constants, multiples of 16 are marked, floats are fp32."""
-    signature, constexprs, divisible = [], [], []
+    signature, constexprs, divisible, tensors = [], [], [], []
     given = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     for parameter in kernel.params:
         name, value = parameter.name, given[parameter.name]
@@ -47,6 +55,7 @@ def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: d
             constexprs.append((name, value))
         elif isinstance(value, torch.Tensor):
             signature.append((name, "*" + TYPES[value.dtype]))
+            tensors.append((name, traffic.extent(value)))
             if value.data_ptr() % 16 == 0:
                 divisible.append(name)
         elif isinstance(value, float):
@@ -56,7 +65,7 @@ def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple, kwargs: d
             if free and value % 16 == 0:
                 divisible.append(name)
     options = tuple((k, kwargs[k]) for k in OPTIONS if k in kwargs)
-    return Launch(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options, grid)
+    return Launch(kernel, tuple(signature), tuple(constexprs), tuple(divisible), options, grid, tuple(tensors))
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def build(library: ModuleType, setting: Setting, hidden: int, layers: int) -> An
     return library.get_peft_model(model, config).train()
 
 
-class _GpuDropout(TorchFunctionMode):
+class GpuDropout(TorchFunctionMode):
     """Dropout as CUDA has it: one op, which keeps a mask of bools."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,7 +130,7 @@ def of_a_layer(library: ModuleType, setting: Setting, hidden: int, tokens: int, 
         if mode:
             peft_fast.set_lora_mlp(model, mode)
         decoder = model.get_base_model().model
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast), _GpuDropout() if gpu else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast), GpuDropout() if gpu else nullcontext():
             counts.append(Counter(kept(lambda decoder=decoder: decoder(input_ids=ids), model)))
     return list((counts[0] - counts[1]).elements())
 

@@ -1,4 +1,4 @@
-"""All benchmarks of this machine: a table on the screen, rows appended to bench/results/<device>.csv.
+"""All benchmarks of this machine: a table on the screen, rows appended to bench/results/<device>.csv, and its picture.
 
 python -m bench.run [--only lora] [--rounds 21]
 """
@@ -6,12 +6,14 @@ python -m bench.run [--only lora] [--rounds 21]
 import argparse
 import re
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from bench import bench_decode, bench_dequantize, bench_dora, bench_lora_linear, bench_qlora_step
 from bench.harness import RESULTS, ROUNDS, append, device_name, measure, table
+from bench.plot import plot
 
 MODULES = (bench_dequantize, bench_lora_linear, bench_dora, bench_decode, bench_qlora_step)
 
@@ -21,6 +23,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only ops whose name contains this")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved rounds per case (default: %(default)s)")
     parser.add_argument("--no-csv", action="store_true", help="print only")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the CSV and PNG (default: %(default)s)"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -30,9 +35,9 @@ def main() -> int:
     print(device_name(device))
     print(table(rows))
     if not options.no_csv:
-        path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv")
+        path = options.results / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv")
         append(rows, path)
-        print(f"rows appended to {path}")
+        print(f"rows appended to {path}, drawn in {plot(path)}")
     return 0
 
 

@@ -9,6 +9,7 @@ from peft_fast.testing import assert_as_accurate_as_torch
 from peft_fast.tuners.lora import Linear
 
 from .conftest import INTERPRETING
+from .test_dora_ops import opcheck_all
 
 pytestmark = pytest.mark.kernel
 
@@ -64,11 +65,7 @@ def test_bits_repeat(device):
 
 
 def test_opcheck(device):
-    z, factor = torch.randn(9, 6, device=device), torch.rand(6, device=device)
-    lib = torch.ops.peft_fast
-    torch.library.opcheck(lib.scale_columns.default, (z, factor, z[0].clone(), "triton"))
-    for needs in ([True, True], [False, True]):
-        torch.library.opcheck(lib.scale_columns_backward.default, (z, z.clone(), factor, needs, "triton"))
+    opcheck_all("triton", device)
 
 
 def test_what_it_does_not_take(device):

@@ -125,12 +125,16 @@ def test_the_magnitudes_gradient_is_summed_in_fp32():
 
 
 def test_opcheck():
-    z, factor, bias = torch.randn(4, 6), torch.rand(6), torch.randn(6)
+    opcheck_all("torch", "cpu")
+
+
+def opcheck_all(backend: str, device: str) -> None:
+    z, factor, bias = torch.randn(4, 6, device=device), torch.rand(6, device=device), torch.randn(6, device=device)
     lib = torch.ops.peft_fast
     for arguments in ((z, factor, bias), (z, factor, None), (z.t().contiguous().t(), factor, None)):
-        torch.library.opcheck(lib.scale_columns.default, (*arguments, "torch"))
+        torch.library.opcheck(lib.scale_columns.default, (*arguments, backend))
     for needs in ([True, True], [False, True], [True, False]):
-        torch.library.opcheck(lib.scale_columns_backward.default, (z, z.clone(), factor, needs, "torch"))
+        torch.library.opcheck(lib.scale_columns_backward.default, (z, z.clone(), factor, needs, backend))
 
 
 @pytest.mark.parametrize(

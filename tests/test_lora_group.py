@@ -164,13 +164,24 @@ def test_no_output_used():
 
 @pytest.mark.parametrize("kind", ["qkv", "mixed"])
 def test_opcheck(kind):
-    cases = make_group(kind, 8, 64, FP32, FP32, "cpu")
+    opcheck_all(kind, "torch", "cpu")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["qkv", "mixed"])
+def test_opcheck_with_triton(kind, device):
+    opcheck_all(kind, "triton", device)
+
+
+def opcheck_all(kind: str, backend: str, device: str) -> None:
+    """torch's own checks of schema, fake tensors and tracing, forward and backward."""
+    cases = make_group(kind, 8, 64, FP32, FP32, device)
     parts = [p.tensors() for p in projections(kind, cases, [case.leaves(()) for case in cases])]
     tensors, counts, fmts = [t for part, _ in parts for t in part], [len(p) for p, _ in parts], [f for _, f in parts]
     scales, ps = [1.7] * 3, [p for *_, p in GROUPS[kind]]
-    lib, rest = torch.ops.peft_fast, (True, "torch", "auto")
+    lib, rest = torch.ops.peft_fast, (True, backend, "auto")
     torch.library.opcheck(lib.lora_group.default, (cases[0].x, tensors, counts, fmts, scales, ps, FP32, *rest))
-    s = torch.randn(8, sum(R for _, _, R, _ in GROUPS[kind]))
+    s = torch.randn(8, sum(R for _, _, R, _ in GROUPS[kind]), device=device)
     needs = [True] + [need for _, _, R, _ in GROUPS[kind] for need in (bool(R), bool(R), True)]
     dy = [case.d_y for case in cases]
     args = (dy, cases[0].x, s, tensors, counts, fmts, scales, ps, needs, *rest)

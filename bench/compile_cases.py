@@ -90,12 +90,12 @@ def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
     """Two and three adapters that share x, which in fp32 go one by one."""
     if dname == "fp32" or (quick and dname == "fp16"):
         return
-    for R in (16,) if quick else {"fp16": (32,), "bf16": (16, 17, 32, 64)}[dname]:
+    for R in (16,) if quick else {"fp16": (32,), "bf16": (8, 16, 17, 32, 64)}[dname]:
         for count in (3,) if quick else (2, 3):
             M, N, K = 256, 64, 64
             x, s = torch.zeros(M, K, dtype=dtype), torch.zeros(M, count * R, dtype=dtype)
             y = [torch.zeros(M, N, dtype=dtype) for _ in range(count)]
-            adapter = dtype if R % 16 == 0 else torch.float32
+            adapter = torch.float32 if R == 17 else dtype
             A, B = ([torch.zeros(shape, dtype=adapter)] * count for shape in ((R, K), (N, R)))
             tag = f"{dname} {count}xR{R}" + ("" if adapter == dtype else " fp32-adapter")
             for p in (0.1,) if quick else (0.0, 0.1):
@@ -226,7 +226,7 @@ def _up_glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
     """In fp32 it is lora_up_add and glu."""
     if dname == "fp32":
         return
-    for R in (16,) if quick else (16, 17, 32, 64):
+    for R in (16,) if quick else (8, 16, 17, 32, 64):
         g, s = torch.zeros(64, 256, dtype=dtype), torch.zeros(64, 2 * R, dtype=dtype)
         for adapter in dict.fromkeys((dtype, torch.float32)):
             B = [torch.zeros(256, R, dtype=adapter)] * 2

@@ -94,12 +94,14 @@ KERNELS = {
     "lora_embedding_add_kernel": ("y ids a b", "y"),
     "lora_up_add_fwd_kernel": ("y s b bias", "y"),
     "lora_up_bwd_kernel": ("dy s?NEEDS_DB b?NEEDS_DS", "ds?NEEDS_DS db?NEEDS_DB"),
+    "lora_up_glu_kernel": ("g u s bg bu", "h g?KEEP u?KEEP"),
     "quant_gemv_kernel": (WEIGHT + " x s b bias", "y"),
     "quant_matmul_dx_kernel": (WEIGHT + " dy ds a key?DROPOUT", "dx"),
     "quant_matmul_kernel": (WEIGHT + " x s b bias", "y"),
     "scale_columns_bwd_kernel": ("dy z?NEEDS_DFACTOR factor", "dz?NEEDS_DZ partial?NEEDS_DFACTOR"),
     "scale_columns_fwd_kernel": ("z factor bias", "y"),
     "segment_sum_kernel": ("ids order ds", "da"),
+    "sum_both_kernel": ("rows_partial partial start", "rows out"),
     "sum_partials_kernel": ("partial start", "out"),
 }
 

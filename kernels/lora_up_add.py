@@ -88,7 +88,7 @@ def _up_backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of dy, its rows from start to end, one tile of R. ds goes to ds_ptr[columns, M, R], dB [N, R] to
+    """BLOCK_N columns of dy, its rows from start to end, one tile of R. ds goes to ds_ptr[program, M, R], dB [N, R] to
     db_ptr; nothing beyond N"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
@@ -115,11 +115,12 @@ def _lora_up_bwd_kernel(
     dy0_ptr, dy1_ptr, dy2_ptr, s_ptr, b0_ptr, b1_ptr, b2_ptr, ds_ptr, db_ptr,
     scale0, scale1, scale2, M, numel, N0, N1, N2, R0, R1, R2, rows_per_split, rank_tiles,
     stride_dy0_m, stride_dy1_m, stride_dy2_m, stride_s_m, stride_b0_n, stride_b1_n, stride_b2_n, stride_ds_m,
+    offset1, offset2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, COUNT: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N columns of one dy, rows_per_split rows, one tile of R. The dB_j go to db_ptr[split, numel],
-    one after another, the ds_j side by side to ds_ptr[columns, M, sum of R]."""
+    one after another; ds_1 begins at offset1, ds_2 at offset2."""
     split, adapter = (tl.program_id(1) // rank_tiles).to(tl.int64), tl.program_id(2)
     r0, n0 = (tl.program_id(1) % rank_tiles) * BLOCK_R, tl.program_id(0) * BLOCK_N
     start = split * rows_per_split
@@ -134,14 +135,14 @@ def _lora_up_bwd_kernel(
         db_ptr += tl.cast(N0, tl.int64) * R0
         if (adapter == 1) & (n0 < N1):
             _up_backward(
-                dy1_ptr, s_ptr + R0, b1_ptr, ds_ptr + R0, db_ptr, scale1, start, end, r0, M, N1, R1, stride_dy1_m,
+                dy1_ptr, s_ptr + R0, b1_ptr, ds_ptr + offset1, db_ptr, scale1, start, end, r0, M, N1, R1, stride_dy1_m,
                 stride_s_m, stride_b1_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB, PRECISION,
             )  # fmt: skip
     if COUNT > 2:
         db_ptr += tl.cast(N1, tl.int64) * R1
         if (adapter == 2) & (n0 < N2):
             _up_backward(
-                dy2_ptr, s_ptr + R0 + R1, b2_ptr, ds_ptr + R0 + R1, db_ptr, scale2, start, end, r0, M, N2, R2,
+                dy2_ptr, s_ptr + R0 + R1, b2_ptr, ds_ptr + offset2, db_ptr, scale2, start, end, r0, M, N2, R2,
                 stride_dy2_m, stride_s_m, stride_b2_n, stride_ds_m, BLOCK_M, BLOCK_N, BLOCK_R, NEEDS_DS, NEEDS_DB,
                 PRECISION,
             )  # fmt: skip
@@ -156,7 +157,7 @@ def lora_up_add_group_(
     M, ranks, widths = s.shape[0], [b.shape[1] for b in B], [b.shape[0] for b in B]
     if M == 0 or not any(widths):
         return
-    if not in_one_launch(s, y):
+    if not in_one_launch(y[0], y):
         for one in zip(y, s.split(ranks, dim=1), B, scale, bias):
             lora_up_add_(*one)
         return
@@ -201,8 +202,8 @@ def lora_up_group_backward(
 def _first_stage(
     dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(ds, or partials of it [columns, M, sum R_j], partials of the dB_j [splits, numel], how many of the columns each
-    dy has)."""
+    """(ds, or partials of the ds_j [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel]; columns, the
+    number of programs along each dy)."""
     M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
     config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)
     columns, steps = [triton.cdiv(b.shape[0], config["BLOCK_N"]) for b in B], triton.cdiv(M, config["BLOCK_M"])
@@ -210,13 +211,14 @@ def _first_stage(
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
     splits, rank_tiles = triton.cdiv(M, rows_per_split), triton.cdiv(max(ranks), config["BLOCK_R"])
     partial = torch.empty((splits if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
-    of_ds = partial if ds is None else ds
+    of_ds, offsets = partial if ds is None else ds, [ranks[0], sum(ranks[:2])]
     if ds is not None and max(columns) > 1:
-        of_ds = torch.empty((max(columns), *ds.shape), dtype=torch.float32, device=s.device)
+        of_ds = torch.empty((sum(columns), M, max(ranks)), dtype=torch.float32, device=s.device)
+        offsets = [programs * M * max(ranks) for programs in (columns[0], sum(columns[:2]))]
     _lora_up_bwd_kernel[(max(columns), splits * rank_tiles, len(B))](
         *thrice(dy, dy[0]), s, *thrice(B, B[0]), of_ds, partial,
         *thrice(scale, 1.0), M, numel, *thrice([b.shape[0] for b in B], 0), *thrice(ranks, 0), rows_per_split,
-        rank_tiles, *strides(dy), s.stride(0), *strides(B), sum(ranks),
+        rank_tiles, *strides(dy), s.stride(0), *strides(B), of_ds.stride(-2), *offsets,
         COUNT=len(B), NEEDS_DS=ds is not None, NEEDS_DB=needs_dB, PRECISION=input_precision(), enable_fp_fusion=True,
         **config,
     )  # fmt: skip

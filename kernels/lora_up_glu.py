@@ -77,7 +77,7 @@ def lora_up_glu(
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if keep else g
     if not h.numel():
         return h
-    if not in_one_launch(s, [g, u]):
+    if not in_one_launch(g, [g, u]):
         lora_up_add_group_([g, u], s, B, scale, [None, None])
         return glu(g, u, activation, out=h)
     config = configs.lora_up_glu(max(ranks))

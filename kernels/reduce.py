@@ -63,21 +63,23 @@ def _sum_partials_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["P", "programs", "rows_numel", "most", "P0", "P1", "P2"])
+@triton.jit(do_not_specialize=["P", "programs", "M", "most", "P0", "P1", "P2"])
 def _sum_both_kernel(
     rows_partial_ptr, rows_ptr, partial_ptr, start_ptr, out0_ptr, out1_ptr, out2_ptr,
-    programs, rows_numel, most, P0, P1, P2, columns, column0, column1, P, numel, end0, end1,
+    programs, M, most, P0, P1, P2, columns, column1, column2, offset1, offset2, width, P, numel, end0, end1,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """The first `programs` sum rows: P0 partials of the columns before column0, P1 of those before column1, P2 of the
-    rest."""
+    """The first `programs` sum rows [M, columns]. The columns from column1 on are the second matrix, those from column2
+    on the third; their partials [P1, M, width] and [P2, M, width] begin at offset1 and offset2."""
     if tl.program_id(0) < programs:
         element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        column = (element % columns).to(tl.int32)
-        own = tl.where(column < column0, P0, tl.where(column < column1, P1, P2))[None, :]
-        inside = element < rows_numel
+        m, column = element // columns, element % columns
+        first, second = column < column1, column < column2
+        own = tl.where(first, P0, tl.where(second, P1, P2))[None, :]
+        place = tl.where(first, column, tl.where(second, offset1 + column - column1, offset2 + column - column2))
+        inside = m < M
         total = tl.zeros([BLOCK], tl.float32)
-        total = _sum(rows_partial_ptr, total, element, inside, rows_numel, most, own, DEPTH)
+        total = _sum(rows_partial_ptr, total, m * width + place, inside, tl.cast(M, tl.int64) * width, most, own, DEPTH)
         tl.store(rows_ptr + element, total, mask=inside)
     else:
         _sum_matrices(
@@ -111,17 +113,17 @@ def sum_both(
     like: Sequence[Tensor],
     start: Tensor | None = None,
 ) -> list[Tensor]:
-    """In one launch: `sum_partials_of(partial, like, start)`, and to `out` [M, C], contiguous, the sum of fp32 partials
-    of_rows [P, M, C], of which the first widths[0] columns have counts[0], the next widths[1] counts[1], ... partials.
+    """In one launch: `sum_partials_of(partial, like, start)`, and to `out` [M, sum of widths], contiguous, the sums of
+    fp32 partials of_rows [sum of counts, M, largest width]: the first counts[0] are of the first widths[0] columns, ...
     """
     outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
     numel, config = sum(t.numel() for t in outs), configs.SUM_PARTIALS
     programs = triton.cdiv(out.numel(), config["BLOCK"])
-    column0, column1 = widths[0], sum(widths[:2])
+    offsets = [count * of_rows[0].numel() for count in (counts[0], sum(counts[:2]))]
     _sum_both_kernel[(programs + triton.cdiv(numel, config["BLOCK"]),)](
         of_rows, out, partial, start, *thrice(outs, outs[0]),
-        programs, out.numel(), max(counts), *thrice(counts, 0), out.shape[1], column0, column1,
-        partial.shape[0], numel, *_ends(outs),
+        programs, out.shape[0], max(counts), *thrice(counts, 0), out.shape[1], widths[0], sum(widths[:2]),
+        *offsets, of_rows.shape[2], partial.shape[0], numel, *_ends(outs),
         DEPTH=DEPTH, COUNT=len(outs), HAS_START=start is not None, **config,
     )  # fmt: skip
     return outs

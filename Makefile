@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .PHONY: help finetune test test-all check lint types format compile bench bench-pytest gpu clean
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 .venv/ready-run: pyproject.toml .ci/setup_env.py
 	@$(PYTHON) .ci/setup_env.py finetune && touch $@

@@ -1,7 +1,7 @@
 """Which launches the compile matrix compiles: what the launchers do with real arguments, under a name for each.
 
 Shapes only matter by their divisibility by 16 and by the class that configs.py puts them into; ranks by that, by their
-tile and by whether one tile is enough.
+tile and by whether one tile is enough. What `auto` launches beyond these cases is compiled too (compile_picks.py).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 
+from bench import compile_picks
 from bench.launches import Launch, record
 from peft_fast.kernels import (
     autotune,
@@ -36,6 +37,13 @@ Named = Iterator[tuple[str, Launch]]
 
 def launches(quick: bool, target: int) -> Named:
     """(variant, launch) of everything, as it would be launched on a GPU of this compute capability."""
+    known = list(_cases(quick, target))
+    yield from known
+    if not quick:
+        yield from compile_picks.beyond([launch for _, launch in known], target)
+
+
+def _cases(quick: bool, target: int) -> Named:
     with configs.target(target):
         for dname, dtype in DTYPES.items():
             if quick and dname == "fp16":  # the instructions of bf16, but for conversions

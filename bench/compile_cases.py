@@ -83,15 +83,15 @@ def _lora(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                     ),
                 )
             yield from _recorded(
-                tag,
-                lambda y=y, s=s, B=B: lora_up_add.lora_up_add_(y, s, B, 2.0, None if quick else y[0]),
-                lambda y=y, s=s, B=B: lora_up_add.lora_up_backward(y, s, B, 2.0),
+                tag, lambda y=y, s=s, B=B: lora_up_add.lora_up_add_(y, s, B, 2.0, None if quick else y[0])
             )
-            wide = 1024 + N % 16  # several programs along N: ds is a sum of theirs
-            dy, wide_B = torch.zeros(M, wide, dtype=dtype), torch.zeros(wide, R, dtype=adapter)
-            yield from _recorded(
-                f"{tag} wide", lambda dy=dy, s=s, B=wide_B: lora_up_add.lora_up_backward(dy, s, B, 2.0)
-            )
+            # With several programs along N ds is a sum of theirs; with one it is written at once: for two ranks.
+            for width in (N, 1024 + N % 16) if R in (16, 17) else (1024 + N % 16,):
+                dy, of_dy = torch.zeros(M, width, dtype=dtype), torch.zeros(width, R, dtype=adapter)
+                yield from _recorded(
+                    tag + ("" if width == N else " wide"),
+                    lambda dy=dy, s=s, B=of_dy: lora_up_add.lora_up_backward(dy, s, B, 2.0),
+                )
 
 
 def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
@@ -117,16 +117,14 @@ def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                 )
             scale, bias = [2.0] * count, [None] * count
             yield from _recorded(
-                tag,
-                lambda y=y, s=s, B=B, scale=scale, bias=bias: lora_up_add.lora_up_add_group_(y, s, B, scale, bias),
-                lambda y=y, s=s, B=B, scale=scale: lora_up_add.lora_up_group_backward(y, s, B, scale),
+                tag, lambda y=y, s=s, B=B, scale=scale, bias=bias: lora_up_add.lora_up_add_group_(y, s, B, scale, bias)
             )
-            dy = [torch.zeros(M, 1024 + n, dtype=dtype) for n in (0, 512, 512)[:count]]
-            wide_B = [torch.zeros(t.shape[1], R, dtype=adapter) for t in dy]
-            yield from _recorded(
-                f"{tag} wide",
-                lambda dy=dy, s=s, B=wide_B, scale=scale: lora_up_add.lora_up_group_backward(dy, s, B, scale),
-            )
+            for width in (N, 1024) if R == 16 else (1024,):
+                dy, of_dy = [torch.zeros(M, width, dtype=dtype)] * count, [torch.zeros(width, R, dtype=adapter)] * count
+                yield from _recorded(
+                    tag + ("" if width == N else " wide"),
+                    lambda dy=dy, s=s, B=of_dy, scale=scale: lora_up_add.lora_up_group_backward(dy, s, B, scale),
+                )
 
 
 def _weight(kind: str, N: int, K: int) -> QuantizedWeight:
@@ -231,22 +229,24 @@ def _glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 
 def _up_glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
-    """In fp32 it is lora_up_add and glu."""
+    """In fp32 it is lora_up_add and glu. What differs with the activation and without `keep`: for one rank."""
     if dname == "fp32":
         return
-    for R in (16,) if quick else (8, 16, 17, 32, 64):
+    for R in (16,) if quick else {"fp16": (16, 64), "bf16": (8, 16, 17, 32, 64)}[dname]:
         g, s = torch.zeros(64, 256, dtype=dtype), torch.zeros(64, 2 * R, dtype=dtype)
         for adapter in dict.fromkeys((dtype, torch.float32)):
             B = [torch.zeros(256, R, dtype=adapter)] * 2
             tag = f"{dname} R{R}" + (" fp32-adapter" if adapter != dtype else "")
-            for activation in ("silu",) if quick or R != 16 else ("silu", "gelu", "gelu_tanh"):
-                for keep in (True, False):
-                    yield from _recorded(
-                        f"{tag} {activation}" + ("" if keep else " over g"),
-                        lambda a=activation, k=keep, g=g, s=s, B=B: lora_up_glu.lora_up_glu(
-                            g.clone(), g.clone(), s, B, [2.0, 1.5], a, k
-                        ),
-                    )
+            every = dname == "bf16" and R == 16 and not quick
+            for activation, keep in (
+                ("silu", True), *((("silu", False), ("gelu", True), ("gelu_tanh", True)) if every else ()),
+            ):  # fmt: skip
+                yield from _recorded(
+                    f"{tag} {activation}" + ("" if keep else " over g"),
+                    lambda a=activation, k=keep, g=g, s=s, B=B: lora_up_glu.lora_up_glu(
+                        g.clone(), g.clone(), s, B, [2.0, 1.5], a, k
+                    ),
+                )
 
 
 def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:

@@ -79,10 +79,7 @@ def weight_of(base: str, N: int, K: int, dtype: torch.dtype) -> Tensor | Quantiz
 
 
 def picks(capability: int) -> Iterator[Pick]:
-    """For every dtype, base, number of tokens, dropout, with ranks and sizes that are multiples of 16 and that are not.
-
-    2048 x 2048 weights are large enough to be merged in training.
-    """
+    """For every dtype, base, number of tokens, dropout; with ranks and sizes that are multiples of 16 and others."""
     kinds = [("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")]
     dropouts = (0.0, 0.1) if capability >= 80 else (0.0,)  # below, adapters are torch's
     with card(capability):

@@ -77,5 +77,6 @@ def test_the_picks_are_the_tables():
     assert "quant_matmul_dx_kernel" in kernels("nf4", 9, 0.1, "training")
     assert "quant_matmul_dx_kernel" not in kernels("nf4", 9, 0.1, "first layer")
     assert kernels("int8", 512, 0.1, "training") >= {"dequantize_int8_kernel", "lora_up_add_fwd_kernel"}
-    assert "dequantize_merge_kernel" in kernels("nf4", 512, 0.0, "training")
+    assert "dequantize_merge_kernel" in kernels("nf4", 512, 0.0, "inference")
+    assert "dequantize_merge_kernel" not in kernels("nf4", 512, 0.0, "training")
     assert not any("quant" in name for name in kernels("dense", 64, 0.1, "training"))

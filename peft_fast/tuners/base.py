@@ -22,14 +22,16 @@ from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
+from .auxiliary import Auxiliary
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, adaptable_paths, all_linear, find_targets, targets_in
+from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
 from .merge_16bit import merge_to_16bit
-from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
+from .modules_to_save import ModulesToSaveWrapper
 from .names import check_adapter_name, list_of_names
 from .slow_patterns import check_patterns_end
-from .tied import warn_of_adapting, warn_of_merging
+from .tied import note_untied, plan_ties, warn_of_adapting, warn_of_merging
+from .trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 class BaseTuner(nn.Module):
@@ -64,6 +66,7 @@ class BaseTuner(nn.Module):
         self.peft_config = peft_config
         self.active_adapters = active_adapters
         self.targeted_module_names: list[str] = []
+        self._tied_targets: tuple[str, ...] = ()  # of the adapter that is being put in: see plan_ties
         self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
@@ -95,8 +98,10 @@ class BaseTuner(nn.Module):
         check_patterns_end(config, adaptable_paths(self.model))
         self._check_biases(config)
         resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
-        saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
-        paths = find_targets(self.model, config, resolved)
+        ties = plan_ties(self.model, config, resolved)
+        auxiliary = Auxiliary(self.model, config, ties)
+        paths = auxiliary.without_saved(find_targets(self.model, auxiliary.config, ties.target_modules))
+        paths = [*(path for path in paths if path not in ties.targets), *ties.targets]
         first = not self.peft_config
         active = [adapter_name] if first else self.active_adapters
         before = {holder for _, holder in self.holders()}
@@ -104,6 +109,7 @@ class BaseTuner(nn.Module):
         kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
+            self._tied_targets = ties.targets
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in paths:
                 target = self.model.get_submodule(path)
@@ -111,8 +117,7 @@ class BaseTuner(nn.Module):
                     layer = self.adapt(target, path, adapter_name, config)
                     adapted |= {target: layer, layer: layer}
                 self._replace(path, adapted[target])
-            for path in saved:
-                self._wrap(path, adapter_name)
+            auxiliary.wrap(adapter_name)
             for _, holder in self.holders():
                 if first or holder not in before:
                     holder.set_adapter(active, config.inference_mode)
@@ -125,8 +130,9 @@ class BaseTuner(nn.Module):
                 self._freeze_base(config)
             for parameter, requires_grad in kept:
                 parameter.requires_grad_(requires_grad)
-        warn_of_adapting(self.model, [*paths, *saved])
-        config.target_modules = resolved
+        if not (ties.targets or ties.saved):
+            warn_of_adapting(self.model, [*paths, *auxiliary.saved])
+        config.target_modules, config.modules_to_save = ties.target_modules, ties.modules_to_save
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
@@ -152,18 +158,7 @@ class BaseTuner(nn.Module):
         self._set_active(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
-        targets = config.target_modules
-        if targets is None:
-            model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-            targets = self.target_module_mapping.get(str(model_type))
-            if targets is None:
-                raise ValueError(
-                    f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
-                    f"{ALL_LINEAR!r} takes every linear layer but the output"
-                )
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            return all_linear(self.model)
-        return targets if isinstance(targets, str) else set(targets)
+        return resolved_targets(self.model, config.target_modules, self.target_module_mapping)
 
     def _check_biases(self, config: Any) -> None:
         trained = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
@@ -175,13 +170,6 @@ class BaseTuner(nn.Module):
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
-
-    def _wrap(self, path: str, adapter_name: str) -> None:
-        module = self.model.get_submodule(path)
-        wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
-        wrapper.add_adapter(adapter_name)
-        if wrapper is not module:
-            self._replace(path, wrapper)
 
     def _cast_to_float32(self, adapter_name: str) -> None:
         for _, layer in self.layers():
@@ -314,7 +302,9 @@ class BaseTuner(nn.Module):
         """
         names = self._names_to_merge(adapter_names)
         self._merge(adapter_names, safe_merge, progressbar, undoable=False)
-        return self._unload(names)
+        model = self._unload(names)
+        note_untied(model)
+        return model
 
     def merge_to_16bit(
         self, dtype: torch.dtype = torch.bfloat16, adapter_names: Sequence[str] | None = None, progressbar: bool = True
@@ -353,6 +343,8 @@ class BaseTuner(nn.Module):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):
                 self._replace(path, holder.module_of(with_copies_of))
+            elif isinstance(holder, TrainableTokensWrapper):
+                self._replace(path, holder.token_adapter)  # which is the layer itself by now
         self._allow_repacking()
         return self.model
 

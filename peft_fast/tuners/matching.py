@@ -95,6 +95,23 @@ def _layer_index(path: str, lists: Collection[str] | str | None) -> int | None:
     return int(match[1]) if match else None
 
 
+def resolved_targets(
+    model: nn.Module, targets: Collection[str] | str | None, by_model_type: Mapping[str, list[str] | str]
+) -> set[str] | str:
+    """target_modules as names or an expression; None means what `by_model_type` says, or a ValueError."""
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = by_model_type.get(str(model_type))
+        if targets is None:
+            raise ValueError(
+                f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
+                f"{ALL_LINEAR!r} takes every linear layer but the output"
+            )
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return all_linear(model)
+    return targets if isinstance(targets, str) else set(targets)
+
+
 def adaptable_paths(model: nn.Module) -> list[str]:
     """The paths of the base model's modules, all names of each: not the root, and not what lies inside adapters."""
     paths: list[str] = []

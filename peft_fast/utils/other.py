@@ -4,7 +4,8 @@ from torch import nn
 
 from peft_fast.checkpoint import EMBEDDING_LAYER_NAMES
 from peft_fast.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-from peft_fast.tuners.modules_to_save import ModulesToSaveWrapper
+from peft_fast.tuners.modules_to_save import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft_fast.tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -15,7 +16,9 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 __all__ = [
     "EMBEDDING_LAYER_NAMES",
+    "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "_get_submodules",
     "cast_mixed_precision_params",
     "prepare_model_for_kbit_training",

@@ -19,7 +19,6 @@ from peft_fast.peft_types import PeftType
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
-    "trainable_token_indices",
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -35,7 +34,6 @@ NOT_BUILT = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 INITS_NOT_BUILT = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 
@@ -64,6 +62,10 @@ class LoraConfig(PeftConfig):
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     modules_to_save: names of modules that are trained and saved whole.
+    trainable_token_indices: ids of tokens whose rows of the input embedding are trained and saved, or {name of a layer:
+      ids}. An output layer with the embedding's weight follows.
+    ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
+      are trained as one too.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
@@ -78,6 +80,7 @@ class LoraConfig(PeftConfig):
         "rank_pattern",
         "alpha_pattern",
         "lora_bias",
+        "trainable_token_indices",
     )
 
     r: int = 8
@@ -212,7 +215,12 @@ def _check_types(config: LoraConfig) -> None:
     )
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
-    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"):
+    tokens = config.trainable_token_indices
+    of_layers = tokens if isinstance(tokens, dict) else {"": tokens}
+    named = _are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
+    fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
+    rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
+    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying"):
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:
         if not fits:
@@ -228,6 +236,11 @@ def _check_numbers(config: LoraConfig) -> None:
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{name} must be a finite number, got {alpha!r}")
+    tokens = config.trainable_token_indices
+    for name, ids in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+        if ids is not None and (not ids or min(ids) < 0):
+            where = f"[{name!r}]" if name else ""
+            raise ValueError(f"trainable_token_indices{where} must be one or more ids from 0 on, got {ids!r}")
     p = config.lora_dropout
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"lora_dropout must be a probability from 0 to 1, got {p!r}")
@@ -253,6 +266,10 @@ def _check_patterns(config: LoraConfig) -> None:
 def _are_indices(values: Any) -> bool:
     indices = values if isinstance(values, (list, tuple, set)) else [values]
     return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+
+
+def _are_ids(values: Any) -> bool:
+    return isinstance(values, list) and _are_indices(values)
 
 
 def _are_strings(values: Any) -> bool:

@@ -20,6 +20,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
+from .tied import TiedLinear
 
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
@@ -38,6 +39,8 @@ class LoraModel(BaseTuner):
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+        if path in self._tied_targets and not isinstance(target, TiedLinear):
+            return self._tied(target, path, adapter_name, config=config, r=r, lora_alpha=alpha)
         if isinstance(target, LoraLayer):
             target.update_layer(adapter_name, r, alpha, config)
             return target
@@ -52,6 +55,27 @@ class LoraModel(BaseTuner):
             if in_encoder and name in FAST_PATH and is_dense_linear(target):
                 cls = EncoderLinear
         return cls(target, adapter_name, config=config, r=r, lora_alpha=alpha)
+
+    def _tied(self, target: nn.Module, path: str, adapter_name: str, **arguments: Any) -> nn.Module:
+        """For a layer that shares its weight with the input embedding: see TiedLinear.
+
+        Other embeddings that share it (T5's, of encoder and decoder) get adapters of their own, as in peft.
+        """
+        source: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(target, LoraLayer) and not isinstance(target, Embedding):
+            raise ValueError(
+                f"ensure_weight_tying: {path} has an adapter already that is not tied to the input embedding's, and "
+                "all adapters of a layer have to be of one kind: leave the option out, or delete that adapter"
+            )
+        if not isinstance(source, Embedding):
+            raise ValueError(f"ensure_weight_tying needs LoRA on the input embedding, and that is a {type(source)}")
+        if is_dense_linear(target):
+            return TiedLinear(target, adapter_name, tied_to=source, **arguments)
+        warnings.warn(f"ensure_weight_tying: {path} is no output layer and gets an adapter of its own", stacklevel=2)
+        if isinstance(target, Embedding):
+            target.update_layer(adapter_name, arguments["r"], arguments["lora_alpha"], arguments["config"])
+            return target
+        return _layer_class(target, path)(target, adapter_name, **arguments)
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
@@ -74,6 +98,8 @@ class LoraModel(BaseTuner):
         super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         self._warn_of_missing_biases(adapter_name, config)
         for _, layer in self.layers():
+            if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
+                layer.tie(adapter_name)
             if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dora.unround(layer, adapter_name)
         fuse_mlps(self.model)

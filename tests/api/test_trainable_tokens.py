@@ -424,6 +424,8 @@ def test_an_adapted_output_layer_follows_inside_of_its_adapter():
     ours, theirs = (_with_head(library) for library in (peft_fast, peft))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     close(logits(ours, "tied"), logits(theirs, "tied"))
+    files = [library.get_peft_model_state_dict(m) for library, m in ((peft_fast, ours), (peft, theirs))]
+    assert files[0].keys() == files[1].keys()
     with pytest.raises(ValueError, match="computed from others"):
         ours.merge_and_unload()
 
@@ -465,5 +467,15 @@ def test_options_of_the_embedding_are_kept_as_in_peft(options):
         y = layer(ids)
         y.square().sum().backward()
         results.append((y, layer.trainable_tokens_delta["default"].grad))
+        assert torch.equal(layer.base_layer.weight, table.weight)
     close(results[0][0], results[1][0])
     close(results[0][1], results[1][1])
+
+
+def test_an_adapter_that_is_made_anew_has_its_own_tokens():
+    layer = TrainableTokensLayer(torch.nn.Embedding(V, E), "default", token_indices=[1])
+    layer.set_adapter("default")
+    layer(IDS)
+    layer.update_layer("default", [2], init_weights=False)
+    assert torch.equal(layer(torch.tensor([2]))[0], layer.trainable_tokens_delta["default"][0])
+    assert torch.equal(layer(torch.tensor([1]))[0], layer.base_layer.weight[1])

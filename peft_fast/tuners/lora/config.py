@@ -185,7 +185,7 @@ def _check_built(config: LoraConfig) -> None:
     default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
     for name in NOT_BUILT:
         value = getattr(config, name)
-        if value != default[name] and not (value is None and not default[name]):
+        if value != default[name] and (value or default[name]):  # peft writes target_parameters=[] for MoE models
             raise NotImplementedError(
                 f"LoraConfig option {name}={value!r} is not built in peft_fast yet: leave it at {default[name]!r}, or "
                 "use peft for this adapter"

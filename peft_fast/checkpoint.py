@@ -23,6 +23,7 @@ from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
+from .tuners.offload import offloading_hook, onloaded
 from .tuners.tied import EMBEDDING_LAYER_NAMES
 from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
@@ -64,7 +65,16 @@ def get_peft_model_state_dict(
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
-    return {key: tensors[name] for key, name in keys.items()}
+    return {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+
+
+def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where accelerate has offloaded the layer that has it."""
+    path, _, attribute = name.rpartition(".")
+    if not tensor.is_meta or offloading_hook(layer := model.get_submodule(path)) is None:
+        return tensor
+    with onloaded(layer):
+        return getattr(layer, attribute).detach().to("cpu", copy=True)
 
 
 def set_peft_model_state_dict(
@@ -179,6 +189,10 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
             own[name].copy_(value)
             continue
         path, _, attribute = name.rpartition(".")
+        if offloading_hook(layer := model.get_submodule(path)) is not None:
+            with onloaded(layer, changed=True):
+                getattr(layer, attribute).copy_(value)
+            continue
         loaded: Tensor = (
             value.detach().clone()
         )  # the caller's tensors, and those that share memory in a file, stay apart

@@ -1,6 +1,5 @@
 """Modules that are trained whole: the config option modules_to_save."""
 
-import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from .base_weight import quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
+from .offload import trainable_copy
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -33,7 +33,7 @@ class ModulesToSaveWrapper(AdapterHolder, AuxiliaryTrainingWrapper):
 
     def add_adapter(self, adapter_name: str, tied_module: Any = None) -> None:
         """`tied_module`: the copy's weight is this one's, as the original's weight is shared with another's."""
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        self.modules_to_save[adapter_name] = trainable_copy(self.original_module)
         if tied_module is not None:
             self.modules_to_save[adapter_name].weight = tied_module.weight
 

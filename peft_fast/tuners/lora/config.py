@@ -29,7 +29,6 @@ NOT_BUILT = (
     "qalora_group_size",
     "monteclora_config",
     "layer_replication",
-    "runtime_config",
     "target_parameters",
     "use_bdlora",
     "arrow_config",
@@ -40,7 +39,11 @@ INITS_NOT_BUILT = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mic
 
 @dataclass
 class LoraRuntimeConfig:
-    """Options of a run, never saved."""
+    """Options of a run, never saved.
+
+    ephemeral_gpu_offload: the norms of base weights on the CPU, which a new adapter with DoRA starts from, are computed
+      on the accelerator, if there is one. No effect on other adapters.
+    """
 
     ephemeral_gpu_offload: bool = False
 
@@ -185,7 +188,8 @@ def _check_built(config: LoraConfig) -> None:
     default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
     for name in NOT_BUILT:
         value = getattr(config, name)
-        if value != default[name] and (value or default[name]):  # peft writes target_parameters=[] for MoE models
+        unset = not default[name] and value in (None, [])  # for MoE models peft writes target_parameters=[]
+        if value != default[name] and not unset:
             raise NotImplementedError(
                 f"LoraConfig option {name}={value!r} is not built in peft_fast yet: leave it at {default[name]!r}, or "
                 "use peft for this adapter"
@@ -220,6 +224,7 @@ def _check_types(config: LoraConfig) -> None:
     named = _are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
     fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
     rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
+    rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
     for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying"):
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:

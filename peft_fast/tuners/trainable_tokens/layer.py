@@ -16,6 +16,7 @@ from peft_fast.dispatch import Choice
 from peft_fast.tuners._buffer_dict import BufferDict
 from peft_fast.tuners.base_weight import is_dense_linear, quantized_weight, why_not_embedding
 from peft_fast.tuners.layer import BaseTunerLayer
+from peft_fast.tuners.offload import onloaded
 
 
 class TrainableTokensLayer(BaseTunerLayer):
@@ -71,7 +72,9 @@ class TrainableTokensLayer(BaseTunerLayer):
                 f"the ids of trained tokens must be from 0 to {weight.shape[0] - 1}, for which the layer has rows, got "
                 f"{wrong[:5]}: call resize_token_embeddings for tokens that are new"
             )
-        original = weight.detach()[torch.tensor(tokens, device=weight.device, dtype=torch.long)]
+        with onloaded(self.get_base_layer()):
+            weight = self.weight
+            original = weight.detach()[torch.tensor(tokens, device=weight.device, dtype=torch.long)]
         rows = original if init_weights else torch.randn(original.shape, dtype=weight.dtype, device=weight.device)
         self.token_indices[adapter_name] = tokens
         self.trainable_tokens_original[adapter_name] = original
@@ -124,7 +127,8 @@ class TrainableTokensLayer(BaseTunerLayer):
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
         """The whole weight [tokens, dim] with these adapters' rows in it: a copy, differentiable."""
-        return self._with_rows(self.weight, active_adapters, self.trainable_tokens_delta)
+        with onloaded(self.get_base_layer()):
+            return self._with_rows(self.weight, active_adapters, self.trainable_tokens_delta)
 
     def weight_in_effect(self) -> Tensor:
         return self.get_merged_weights(self.adapters_in_effect())
@@ -187,7 +191,8 @@ class TrainableTokensLayer(BaseTunerLayer):
         """y [..., tokens], the base layer's, with the columns of the adapters' tokens computed from their rows."""
         tokens, rows, _ = self.places(names, y.device)
         table = torch.cat([self.trainable_tokens_delta[name].to(self.weight.dtype) for name in names])[rows]
-        bias = None if self.bias is None else self.bias[tokens]
+        with onloaded(self.get_base_layer()):
+            bias = None if self.bias is None else self.bias[tokens]
         columns = F.linear(x, table, bias).to(y.dtype)
         if y.is_leaf and y.requires_grad:  # a hook made it so
             return y.index_copy(-1, tokens, columns)

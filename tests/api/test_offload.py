@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fast
+from peft_fast.tuners.offload import trainable_copy
 
 V, E = 40, 16
 IDS = torch.randint(0, 10, (3, 9), generator=torch.Generator().manual_seed(3))
@@ -168,6 +169,18 @@ def test_tied_layers_are_known_to_be_so(tmp_path):
     options = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 3]}
     model = adapted(offloaded("cpu_offload", tmp_path, tied=True), **options)
     close(logits(model), logits(adapted(base(tied=True), **options)))
+
+
+def test_a_trained_copy_has_its_weights_and_a_hook_for_its_inputs_alone(tmp_path):
+    head = offloaded("all-on-disk", tmp_path).lm_head
+    twin = trainable_copy(head)
+    assert head.weight.is_meta
+    assert torch.equal(twin.weight, base().lm_head.weight)
+    assert twin._hf_hook is not head._hf_hook
+    assert (twin._hf_hook.offload, twin._hf_hook.weights_map) == (False, None)
+    assert twin._hf_hook.execution_device == head._hf_hook.execution_device
+    accelerate.hooks.remove_hook_from_module(twin)
+    assert twin.forward.__func__ is torch.nn.Linear.forward
 
 
 def test_dora_is_refused_where_there_are_no_norms(tmp_path, untouched):

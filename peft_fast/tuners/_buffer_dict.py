@@ -20,8 +20,9 @@ class BufferDict(nn.Module):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self._buffers:
-            del self[name]
-        self.register_buffer(name, tensor, persistent=self.persistent)
+            self._buffers[name] = tensor
+        else:
+            self.register_buffer(name, tensor, persistent=self.persistent)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]

@@ -38,6 +38,7 @@ class BaseTuner(nn.Module):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
+    uses_shared_state = False  # whether its layers share weights that are not theirs alone (VeRA's projections)
     target_module_mapping: Mapping[str, list[str] | str]
 
     def __init__(

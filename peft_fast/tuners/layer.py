@@ -50,6 +50,12 @@ class AdapterHolder(nn.Module):
         names = {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
         return sorted(names)
 
+    def _get_available_adapters(self) -> set[str]:  # peft's names for it, which tests of other libraries use
+        return set(self.available_adapters())
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return self.available_adapters()
+
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         found: list[nn.Parameter] = []
         for attribute in self.adapter_layer_names:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from peft_fast.errors import NoMatchingPeftModuleError
+
 from .base_weight import is_dense_linear, quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import is_inside_named
@@ -41,19 +43,19 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
     """The paths of the modules that `target_modules` names, less the excluded ones, in the model's order.
 
     Reads `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` of `config`.
-    Raises ValueError where nothing is left, with the names that come close.
+    Raises NoMatchingPeftModuleError, a ValueError, where nothing is left, with the names that come close.
     """
     paths = adaptable_paths(model)
     named = [path for path in paths if matches(target_modules, path)]
     if not named:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} not found in the base model{_closest(target_modules, paths)}"
         )
     found = [path for path in named if _is_wanted(config, path)]
     if not found:
         rules = {name: getattr(config, name, None) for name in _FILTERS}
         given = ", ".join(f"{name}={value}" for name, value in rules.items() if value is not None)
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} names {len(named)} modules, but {given} takes all of them away"
         )
     if not isinstance(target_modules, str):

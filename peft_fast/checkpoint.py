@@ -140,10 +140,13 @@ def _by_name_in_model(
     "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; names that transformers has changed
     since; and, for a model that adapters were injected into, keys that a PeftModel saved.
     """
-    for name in list(known.values()):
+    names = list(known.values())
+    for name in names:
         head, _, tail = name.rpartition(f".{adapter_name}")
-        for older in (name, head + tail if head else name, name.replace(".base_layer.", ".")):
+        for older in (name, head + tail if head else name):
             known.setdefault(older, name)
+    for name in names:
+        known.setdefault(name.replace(".base_layer.", "."), name)
     known = {**{key.replace("_orig_mod.", ""): name for key, name in known.items()}, **known}
     places = {key: _place(key, known, prefix) for key in state_dict}
     lost = [key for key, place in places.items() if place is None]

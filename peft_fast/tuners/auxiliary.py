@@ -1,6 +1,7 @@
-"""What is trained beside a method's layers: whole modules (modules_to_save) and single tokens' rows."""
+"""What is trained beside a method's layers: whole modules (modules_to_save), single tokens' rows, and biases."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ class Auxiliary:
 
     def __init__(self, model: nn.Module, config: Any, ties: Ties) -> None:
         self.model = model
-        self.tied_to_saved = ties.saved
+        self.ties = ties
         self.config = copy.copy(config)
         self.config.modules_to_save = ties.modules_to_save
         names = ties.modules_to_save or []
@@ -29,14 +30,24 @@ class Auxiliary:
             check_trainable(path, model.get_submodule(path))
         self.tokens = plan_tokens(model, config, [*names, *ties.saved])
 
-    def without_saved(self, paths: list[str]) -> list[str]:
-        """`paths` less those of modules that are trained whole because they are tied to such a one."""
-        return [path for path in paths if not (self.tied_to_saved and is_inside_named(path, self.tied_to_saved))]
+    def in_order(self, paths: list[str]) -> list[str]:
+        """`paths`, those tied to another last, without those of modules that are trained whole as they are tied."""
+        first = [path for path in paths if path not in self.ties.targets]
+        return [path for path in [*first, *self.ties.targets] if not is_inside_named(path, self.ties.saved)]
 
     def wrap(self, adapter_name: str) -> None:
         source, copies = embedding_path(self.model), {}
         for path in self.saved:
             copies[path] = wrap_to_save(self.model, path, adapter_name).modules_to_save[adapter_name]
-        for path in self.tied_to_saved:
+        for path in self.ties.saved:
             wrap_to_save(self.model, path, adapter_name, copies[str(source)])
         wrap_tokens(self.model, self.tokens, adapter_name)
+
+
+def check_biases(config: Any, others: Mapping[str, Any]) -> None:
+    """Raise ValueError where an adapter of `others` trains the base model's biases, and `config` would too."""
+    trained = [name for name, other in others.items() if getattr(other, "bias", "none") != "none"]
+    if trained and getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"adapter {trained[0]!r} trains biases of the base model already, and they exist once: use bias='none'"
+        )

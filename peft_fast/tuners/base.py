@@ -22,7 +22,7 @@ from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
-from .auxiliary import Auxiliary
+from .auxiliary import Auxiliary, check_biases
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
@@ -74,6 +74,13 @@ class BaseTuner(nn.Module):
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
         raise NotImplementedError
 
+    def find_parameters(self, config: Any, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+        """(path of the module, name) of parameters that are to be adapted though they are no layers'."""
+        return []
+
+    def adapt_parameter(self, path: str, name: str, adapter_name: str, config: Any) -> nn.Module:
+        raise NotImplementedError  # what stands at `path` once the adapter is on that parameter
+
     @classmethod
     def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
         """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
@@ -90,24 +97,22 @@ class BaseTuner(nn.Module):
         """Put a new adapter into the model; it is active and trainable if it is the first, and else neither.
 
         `autocast_adapter_dtype`: weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: weights are
-        made on the meta device, for a file to be loaded over them. `state_dict`: its keys say which layers are adapted,
-        and the config is made to say so too.
+        made on the meta device, for a file to be loaded over them. `state_dict`: its keys say which layers are adapted.
         Raises ValueError (no such target, a kind of layer that cannot be adapted, ...) with model and config unchanged.
         """
         check_adapter_name(adapter_name, self.peft_config)
         config.check()
         check_patterns_end(config, adaptable_paths(self.model))
-        self._check_biases(config)
+        check_biases(config, self.peft_config)
         resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
         ties = plan_ties(self.model, config, resolved)
         auxiliary = Auxiliary(self.model, config, ties)
-        paths = auxiliary.without_saved(find_targets(self.model, auxiliary.config, ties.target_modules))
-        paths = [*(path for path in paths if path not in ties.targets), *ties.targets]
-        first = not self.peft_config
-        active = [adapter_name] if first else self.active_adapters
+        parameters = self.find_parameters(config, state_dict)
+        keys = [f"{path}.{name}" for path, name in parameters]
+        paths = auxiliary.in_order(find_targets(self.model, auxiliary.config, ties.target_modules, keys))
+        active = self.active_adapters if self.peft_config else [adapter_name]
         before = {holder for _, holder in self.holders()}
-        off = bool(before) and all(holder.disable_adapters for holder in before)
-        kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
+        kept = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
             self._tied_targets = ties.targets
@@ -118,25 +123,34 @@ class BaseTuner(nn.Module):
                     layer = self.adapt(target, path, adapter_name, config)
                     adapted |= {target: layer, layer: layer}
                 self._replace(path, adapted[target])
+            for path, name in parameters:
+                self._replace(path, self.adapt_parameter(path, name, adapter_name, config))
             auxiliary.wrap(adapter_name)
-            for _, holder in self.holders():
-                if first or holder not in before:
-                    holder.set_adapter(active, config.inference_mode)
-                    holder.enable_adapters(not off)
-                else:  # what is active and what is paused in it is not this adapter's business
-                    holder.set_requires_grad(adapter_name, False)
             if autocast_adapter_dtype:
                 self._cast_to_float32(adapter_name)
-            if first:
-                self._freeze_base(config)
-            for parameter, requires_grad in kept:
-                parameter.requires_grad_(requires_grad)
+            self._start_adapter(adapter_name, config, active, before, kept)
         if not (ties.targets or ties.saved):
             warn_of_adapting(self.model, [*paths, *auxiliary.saved])
         config.target_modules, config.modules_to_save = ties.target_modules, ties.modules_to_save
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
+
+    def _start_adapter(self, name: str, config: Any, active: list[str], before: set[Any], kept: list[Any]) -> None:
+        """Say what is active and trainable. `before`: the holders of before; `kept`: what was trained then, or not."""
+        first = not self.peft_config
+        off = bool(before) and all(holder.disable_adapters for holder in before)
+        for _, holder in self.holders():
+            if first or holder not in before:
+                holder.set_adapter(active, config.inference_mode)
+                holder.enable_adapters(not off)
+            else:  # what is active and what is paused in it is not this adapter's business
+                holder.set_requires_grad(name, False)
+        if first:
+            self._freeze_base(config)
+            return
+        for parameter, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Was it the only active one, the first that is left takes its place, with a warning."""
@@ -160,13 +174,6 @@ class BaseTuner(nn.Module):
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
         return resolved_targets(self.model, config.target_modules, self.target_module_mapping)
-
-    def _check_biases(self, config: Any) -> None:
-        trained = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
-        if trained and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"adapter {trained[0]!r} trains biases of the base model already, and they exist once: use bias='none'"
-            )
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

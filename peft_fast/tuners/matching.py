@@ -39,14 +39,19 @@ def by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Valu
     return default
 
 
-def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] | str) -> list[str]:
+def find_targets(
+    model: nn.Module, config: Any, target_modules: Collection[str] | str, parameters: Collection[str] = ()
+) -> list[str]:
     """The paths of the modules that `target_modules` names, less the excluded ones, in the model's order.
 
+    `parameters`: the paths of those that are adapted too; then there may be no module.
     Reads `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` of `config`.
     Raises NoMatchingPeftModuleError, a ValueError, where nothing is left, with the names that come close.
     """
     paths = adaptable_paths(model)
     named = [path for path in paths if matches(target_modules, path)]
+    if not named and parameters and not target_modules:
+        return []
     if not named:
         raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} not found in the base model{_closest(target_modules, paths)}"
@@ -65,8 +70,9 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
     excluded = getattr(config, "exclude_modules", None)
     if excluded and not any(matches(excluded, path) for path in paths):
         warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
+    met = [*found, *parameters]
     for option in ("rank_pattern", "alpha_pattern"):
-        keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
+        keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in met)]
         if keys:
             warnings.warn(f"{option} keys {_shown(keys)} match no target", RuntimeWarning, stacklevel=2)
     return found

@@ -6,6 +6,7 @@ from .layer import Linear, LoraLayer
 from .linear_like import LinearLike
 from .mlp import set_lora_mlp
 from .model import LoraModel
+from .param_wrapper import ParamWrapper
 
 __all__ = [
     "Conv1d",
@@ -19,5 +20,6 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MultiheadAttention",
+    "ParamWrapper",
     "set_lora_mlp",
 ]

@@ -29,7 +29,6 @@ NOT_BUILT = (
     "qalora_group_size",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -64,6 +63,9 @@ class LoraConfig(PeftConfig):
       (both Kaiming uniform: the adapter does something at once, for tests).
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
+    target_parameters: names of parameters of modules that are no layers (the whole path or its end), such as the 3-d
+      ones of experts. Not with lora_dropout, lora_bias, use_dora. Names of experts' layers in target_modules become
+      such, where transformers keeps them as parameters.
     modules_to_save: names of modules that are trained and saved whole.
     trainable_token_indices: ids of tokens whose rows of the input embedding are trained and saved, or {name of a layer:
       ids}. An output layer with the embedding's weight follows.
@@ -116,7 +118,7 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | set[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -212,6 +214,8 @@ def _check_types(config: LoraConfig) -> None:
         rules.append((name, "a list of module names or one regular expression", fits))
     saved = config.modules_to_save
     rules.append(("modules_to_save", "a list of module names", saved is None or (_are_strings(saved) and all(saved))))
+    names = config.target_parameters
+    rules.append(("target_parameters", "a list of names of parameters", names is None or _are_strings(names)))
     layers, lists = config.layers_to_transform, config.layers_pattern
     rules.append(("layers_to_transform", "an index or a list of indices", layers is None or _are_indices(layers)))
     rules.append(

@@ -180,17 +180,13 @@ class BaseTuner(nn.Module):
         setattr(self.model.get_submodule(parent), name, module)
 
     def _cast_to_float32(self, adapter_name: str) -> None:
-        for _, layer in self.layers():
-            for parameter in layer.adapter_parameters(adapter_name):
-                if parameter.dtype in HALF_DTYPES:
-                    parameter.data = parameter.data.float()
+        for parameter in (p for _, layer in self.layers() for p in layer.adapter_parameters(adapter_name)):
+            if parameter.dtype in HALF_DTYPES:
+                parameter.data = parameter.data.float()
 
     def _freeze_base(self, config: Any) -> None:
         """Train the adapters only, and the biases that the config asks for."""
-        ours: set[int] = set()
-        for _, holder in self.holders():
-            for name in holder.available_adapters():
-                ours.update(id(parameter) for parameter in holder.adapter_parameters(name))
+        ours = {id(p) for _, h in self.holders() for name in h.available_adapters() for p in h.adapter_parameters(name)}
         for parameter in self.model.parameters():
             if id(parameter) not in ours:
                 parameter.requires_grad_(False)
@@ -365,6 +361,9 @@ class BaseTuner(nn.Module):
         for layer in self._kept_unpacked:
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
         """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""

@@ -2,6 +2,7 @@
 target_modules of the layers that experts were in transformers 4, which become such."""
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -9,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_fast
@@ -222,6 +223,77 @@ def test_no_parameter_is_changed_by_a_forward_that_fails():
     assert all(parameter is before[name] for name, parameter in experts.named_parameters())
 
 
+OLD = {"qwen3_moe": ("mlp", ["gate_proj", "up_proj", "down_proj"]), "mixtral": ("block_sparse_moe", ["w1", "w3", "w2"])}
+
+
+def of_single_experts(kind, folder, targets, drop=()):
+    """An adapter as it was trained with transformers 4, with a layer for each expert."""
+    module, _ = OLD[kind]
+    wide = 24 if kind == "qwen3_moe" else 48
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for name in [f"{module}.experts.{i}.{target}" for i in range(4) for target in targets if target[0] not in "vq"]:
+        K, N = (wide, E) if name.endswith(("down_proj", "w2")) else (E, wide)
+        for at in range(2):
+            key = f"base_model.model.model.layers.{at}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, K, generator=generator)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(N, 4, generator=generator)
+    for at in range(2):
+        key = f"base_model.model.model.layers.{at}.self_attn.q_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, E, generator=generator)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(32, 4, generator=generator)
+    folder.mkdir()
+    save_file({key: value for key, value in tensors.items() if key not in drop}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", *targets]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("kind", OLD)
+@pytest.mark.parametrize("part", [slice(None), slice(2, 3)], ids=["all", "down"])
+def test_adapters_of_single_experts_load_as_in_peft(kind, part, tmp_path):
+    of_single_experts(kind, tmp_path / "old", OLD[kind][1][part])
+    models = [library.PeftModel.from_pretrained(base(kind), tmp_path / "old") for library in (peft_fast, peft)]
+    close(*(logits(model) for model in models))
+    assert (logits(models[0]) - logits(base(kind))).abs().max() > 0.1
+    for (name, mine), other in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.equal(mine, other), name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["gate_proj", "up_proj"]], ids=len)
+def test_they_change_each_expert_as_they_did(targets, tmp_path):
+    """Without down_proj, too, where peft looks for the wrapper in a wrapper that there is not, and loads nothing."""
+    tensors = of_single_experts("qwen3_moe", tmp_path / "old", targets)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "old").base_model.model.model.layers[1].mlp.experts
+    assert bool(theirs.lora_B["default"].weight.any()) == (len(targets) == 3)
+    merged = peft_fast.PeftModel.from_pretrained(base(), tmp_path / "old").merge_and_unload()
+    plain, experts = base().model.layers[1].mlp.experts, merged.model.layers[1].mlp.experts
+    for i in range(4):
+        deltas = {}
+        for name in targets:
+            key = f"base_model.model.model.layers.1.mlp.experts.{i}.{name}"
+            deltas[name] = 2 * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        close(experts.down_proj[i] - plain.down_proj[i], deltas.get("down_proj", torch.zeros(E, 24)))
+        joined = torch.cat([deltas["gate_proj"], deltas["up_proj"]])
+        close(experts.gate_up_proj[i] - plain.gate_up_proj[i], joined)
+
+
+@pytest.mark.parametrize("what", ["lora_A", "lora_B"])
+def test_adapters_that_lack_an_expert_are_refused(what, tmp_path, untouched):
+    drop = [f"base_model.model.model.layers.1.mlp.experts.2.up_proj.{what}.weight"]
+    of_single_experts("qwen3_moe", tmp_path / "old", OLD["qwen3_moe"][1], drop)
+    model = base()
+    with untouched(model, tmp_path), pytest.raises(ValueError, match="A and B for every expert"):
+        peft_fast.PeftModel.from_pretrained(model, tmp_path / "old")
+
+
+def test_keys_with_the_adapters_name_mean_what_they_say():
+    """Also those of a wrapper in a wrapper, whose names are one another's but for a "base_layer."."""
+    written, model = (adapted(peft_fast, shake=shake, **CASES["both"][1]) for shake in (True, False))
+    peft_fast.set_peft_model_state_dict(model, {n: p for n, p in written.named_parameters() if "lora_" in n})
+    close(logits(model), logits(written))
+
+
 class Odd(nn.Module):
     """Parameters that cannot be adapted: of the model itself, of one and of four dimensions, of integers."""
 
@@ -255,11 +327,14 @@ def test_what_cannot_be_done_changes_nothing(options, message, untouched):
     assert vars(config) == before
 
 
-@pytest.mark.parametrize("name", ["own", "flat", "deep"])
-def test_parameters_that_cannot_be_adapted(name, untouched):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("own", "a parameter of the model itself"), ("flat", r"flat is \(3,\)"), ("deep", r"deep is \(2, 2, 2, 2\)")],
+)
+def test_parameters_that_cannot_be_adapted(name, message, untouched):
     model = Odd()
     config = peft_fast.LoraConfig(target_modules=[], target_parameters=[name])
-    with untouched(model), pytest.raises(ValueError, match="target_parameters"):
+    with untouched(model), pytest.raises(ValueError, match=message):
         peft_fast.get_peft_model(model, config)
 
 

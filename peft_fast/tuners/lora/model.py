@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from peft_fast.errors import NoMatchingPeftModuleError
+from peft_fast.renamed import renamed_keys
 from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
@@ -19,6 +20,7 @@ from .attention import EncoderLinear, MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
+from .joined_experts import joined_experts
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 from .moe import converted
@@ -119,6 +121,14 @@ class LoraModel(BaseTuner):
         if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper):
             raise ValueError(f"{path} is in target_modules, and its {name} in target_parameters: leave out one of them")
         return ParamWrapper(module, adapter_name, parameter_name=name, config=config, r=r, lora_alpha=alpha)
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """With the adapters of single experts joined, where transformers has joined the experts."""
+        if not any(isinstance(layer, ParamWrapper) for _, layer in self.layers()):
+            return state_dict
+        lost = [key for key in state_dict if ".experts." in key]
+        names = {key: prefix + name for key, name in renamed_keys(self.model, lost).items()}
+        return joined_experts(state_dict, names)
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:

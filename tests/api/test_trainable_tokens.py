@@ -371,6 +371,31 @@ def test_new_tokens_are_added_trained_and_merged(tmp_path):
     close(model.merge_and_unload()(input_ids=torch.tensor([[1, V + 1]])).logits, out)
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_merging_to_16_bits(kind):
+    model = adapted(peft_fast, kind, [1, 3])
+    expected, merged = logits(model, kind), model.merge_to_16bit(progressbar=False)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert [name for name, _ in merged.named_modules()] == [name for name, _ in base(kind).named_modules()]
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (kind == "tied")
+    close(logits(merged, kind).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_it_compiles_to_one_graph_and_trains_with_checkpointing():
+    model = adapted(peft_fast, "tied", [1, 3])
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits, logits(model, "tied"))
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(peft_fast, "tied", [1, 3]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        close(one, other)
+
+
 BAD = {
     "unknown": ({"nope": [1]}, {}, "'nope' not found"),
     "beyond": ([V], {}, "from 0 to 39"),

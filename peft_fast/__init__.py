@@ -18,10 +18,16 @@ from .checkpoint import (
 )
 from .config import PeftConfig, get_peft_config
 from .dispatch import use_backend
+from .errors import NoMatchingPeftModuleError
 from .explain import explain
 from .inject import inject_adapter_in_model
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-from .mapping import get_peft_model
+from .mapping import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    get_peft_model,
+)
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
@@ -35,9 +41,13 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import LoraConfig, LoraModel
-from .tuners.lora import set_lora_groups, set_lora_mlp
+from .tuners.lora import LoraRuntimeConfig, set_lora_groups, set_lora_mlp
+from .utils import bloom_model_postprocess_past_key_value, shift_tokens_right
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -47,6 +57,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -60,6 +72,7 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "explain",
     "get_base_model_state_dict",
@@ -76,5 +89,6 @@ __all__ = [
     "set_lora_groups",
     "set_lora_mlp",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
     "use_backend",
 ]

@@ -23,8 +23,10 @@ from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
-
-EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]  # what "auto" looks for
+from .tuners.offload import offloading_hook, onloaded
+from .tuners.tied import EMBEDDING_LAYER_NAMES
+from .tuners.trainable_tokens import TrainableTokensLayer
+from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 class LoadResult(NamedTuple):
@@ -63,7 +65,16 @@ def get_peft_model_state_dict(
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
-    return {key: tensors[name] for key, name in keys.items()}
+    return {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+
+
+def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where accelerate has offloaded the layer that has it."""
+    path, _, attribute = name.rpartition(".")
+    if not tensor.is_meta or offloading_hook(layer := model.get_submodule(path)) is None:
+        return tensor
+    with onloaded(layer):
+        return getattr(layer, attribute).detach().to("cpu", copy=True)
 
 
 def set_peft_model_state_dict(
@@ -90,7 +101,10 @@ def plan_load(
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    found, unexpected = _by_name_in_model(tuner.model, state_dict, keys, _embedding_keys(tuner), prefix, adapter_name)
+    state_dict = tuner.as_today(state_dict, prefix)
+    others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
+    known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
+    found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     missing = [name for name in keys.values() if name not in found]
     if keys and len(missing) == len(keys):
         raise ValueError(
@@ -117,8 +131,7 @@ def plan_load(
 def _by_name_in_model(
     base: nn.Module,
     state_dict: Mapping[str, Any],
-    keys: Mapping[str, str],
-    embeddings: list[str],
+    known: dict[str, str],
     prefix: str,
     adapter_name: str,
 ) -> tuple[dict[str, Any], list[str]]:
@@ -128,11 +141,13 @@ def _by_name_in_model(
     "base_layer." of an adapted layer (peft before 0.7); what torch.compile adds; names that transformers has changed
     since; and, for a model that adapters were injected into, keys that a PeftModel saved.
     """
-    known = {**keys, **{prefix + name: prefix + name for name in embeddings}}
-    for name in list(known.values()):
+    names = list(known.values())
+    for name in names:
         head, _, tail = name.rpartition(f".{adapter_name}")
-        for older in (name, head + tail if head else name, name.replace(".base_layer.", ".")):
+        for older in (name, head + tail if head else name):
             known.setdefault(older, name)
+    for name in names:
+        known.setdefault(name.replace(".base_layer.", "."), name)
     known = {**{key.replace("_orig_mod.", ""): name for key, name in known.items()}, **known}
     places = {key: _place(key, known, prefix) for key in state_dict}
     lost = [key for key, place in places.items() if place is None]
@@ -145,6 +160,17 @@ def _by_name_in_model(
         if place is not None:
             found[place] = state_dict[key]
     return found, [key for key, place in places.items() if place is None]
+
+
+def _keys_of_tied_tokens(tuner: BaseTuner, adapter_name: str) -> dict[str, str]:
+    """{key in a file: name in tuner.model} of rows that are saved elsewhere: peft has them twice where it saves the
+    embeddings too."""
+    return {
+        f"{path}.{in_file}": f"{path}.{in_model}"
+        for path, layer in tuner.layers()
+        if isinstance(layer, TrainableTokensLayer)
+        for in_file, in_model in layer.own_state_keys(adapter_name).items()
+    }
 
 
 def _place(key: str, known: Mapping[str, str], prefix: str) -> str | None:
@@ -167,6 +193,10 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
             own[name].copy_(value)
             continue
         path, _, attribute = name.rpartition(".")
+        if offloading_hook(layer := model.get_submodule(path)) is not None:
+            with onloaded(layer, changed=True):
+                getattr(layer, attribute).copy_(value)
+            continue
         loaded: Tensor = (
             value.detach().clone()
         )  # the caller's tensors, and those that share memory in a file, stay apart
@@ -210,6 +240,7 @@ def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
         adapted = isinstance(layer, BaseTunerLayer)
         if adapted or not only_adapted:
             path = f"{path}.base_layer" if adapted else path
+            path += ".token_adapter.base_layer" if isinstance(layer, TrainableTokensWrapper) else ""
             keys += [f"{path}.{name}" for name, _ in tuner.model.get_submodule(path).named_parameters()]
     return keys
 
@@ -219,10 +250,13 @@ def _embeddings_to_save(tuner: BaseTuner, adapter_name: str, choice: bool | str)
         raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {choice!r}")
     if choice is False:
         return []
-    adapted = any(
+    config: Any = tuner.peft_config[adapter_name]
+    adapted = _names_embedding(config.target_modules) and any(
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
+    if choice == "auto" and getattr(config, "trainable_token_indices", None) is not None:
+        adapted = False  # who trains a few rows wants a small file
     if choice == "auto" and not adapted and not _vocabulary_was_resized(tuner, adapter_name):
         return []
     if choice == "auto" and adapted:
@@ -236,6 +270,11 @@ def _embeddings_to_save(tuner: BaseTuner, adapter_name: str, choice: bool | str)
             stacklevel=4,
         )
     return _embedding_keys(tuner, only_adapted=adapted)
+
+
+def _names_embedding(targets: Any) -> bool:
+    """As in peft: a list has to have the bare name."""
+    return isinstance(targets, str) or any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
 def _vocabulary_was_resized(tuner: BaseTuner, adapter_name: str) -> bool:
@@ -301,8 +340,9 @@ def _names_in_base(tuner: BaseTuner, state: Mapping[str, Any]) -> dict[str, str]
     """{name in the base model: name in tuner.model} of what is no adapter's in `state`."""
     adapters = tuple(f"{path}.{attribute}" for path, holder in tuner.holders() for attribute in _attributes(holder))
     infixes = [
-        (f"{path}.{'base_layer' if isinstance(holder, BaseTunerLayer) else 'original_module'}.", f"{path}.")
-        for path, holder in tuner.holders()
+        (f"{path}.{attribute}.", f"{path}.")
+        for path, module in tuner.model.named_modules()
+        if (attribute := _inside(module)) is not None
     ]
     names: dict[str, str] = {}
     for name in state:
@@ -314,6 +354,15 @@ def _names_in_base(tuner: BaseTuner, state: Mapping[str, Any]) -> dict[str, str]
                 original = plain + original.removeprefix(infix)
         names[original] = name
     return names
+
+
+def _inside(module: nn.Module) -> str | None:
+    """The attribute that has what was in the place of one of our modules."""
+    if isinstance(module, BaseTunerLayer):
+        return "base_layer"
+    if isinstance(module, ModulesToSaveWrapper):
+        return "original_module"
+    return "token_adapter" if isinstance(module, TrainableTokensWrapper) else None
 
 
 def _attributes(holder: Any) -> list[str]:

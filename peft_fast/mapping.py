@@ -7,7 +7,7 @@ from torch import nn
 from .config import PeftConfig, checked_config, get_peft_config
 from .inject import inject_adapter_in_model
 from .model import PeftModel
-from .peft_types import TaskType
+from .peft_types import PeftType, TaskType
 from .tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -16,6 +16,8 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .tuners import METHODS
+from .tuners.base import BaseTuner
 from .tuners.layer import AdapterHolder
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
@@ -26,6 +28,11 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: made[0] for kind, made in METHODS.items()}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {kind: made[1] for kind, made in METHODS.items()}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {kind: made[1].prefix for kind, made in METHODS.items()}
 
 
 def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
@@ -74,6 +81,9 @@ def _note_base_model(config: PeftConfig, model: nn.Module, revision: str | None)
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "get_peft_config",
     "get_peft_model",
     "inject_adapter_in_model",

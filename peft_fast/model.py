@@ -250,17 +250,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         `model_id`: a directory or a Hub id. `config`: used in place of the file's. `torch_device`: where the file is
         read to; the weights end up where the base weights are. `hub_arguments`: revision, token, subfolder, ...
         `key_mapping`: see load_peft_weights; by default what the model says its older checkpoints need.
+        `ephemeral_gpu_offload`: see LoraRuntimeConfig.
         The adapter is frozen, and the model in eval mode, unless `is_trainable`.
         Raises ValueError for files that are damaged or another model's; `model` is then unchanged.
         """
         from .mapping import model_class  # the table has the subclasses of this class
 
-        _refuse_offload(ephemeral_gpu_offload)
         hub_arguments = without_idle_arguments(hub_arguments)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}")
+        _note_offload(config, ephemeral_gpu_offload)
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
@@ -295,7 +296,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
         place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
         """
-        _refuse_offload(ephemeral_gpu_offload)
         hub_arguments = without_idle_arguments(hub_arguments)
         new = adapter_name not in self.peft_config
         if new or locate(model_id, CONFIG_NAME, **hub_arguments):
@@ -308,6 +308,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         tuner_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):
             if new:
+                _note_offload(config, ephemeral_gpu_offload)
                 config.inference_mode = not is_trainable
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 self.set_requires_grad(adapter_name, is_trainable)
@@ -342,9 +343,12 @@ class PeftModel(PushToHubMixin, nn.Module):
             return getattr(self.base_model, name)
 
 
-def _refuse_offload(ephemeral_gpu_offload: bool) -> None:
-    if ephemeral_gpu_offload:
-        raise NotImplementedError("ephemeral_gpu_offload=True is not built yet: leave it out")
+def _note_offload(config: Any, ephemeral_gpu_offload: bool) -> None:
+    if hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
+    elif ephemeral_gpu_offload:
+        kind = PeftType(config.peft_type).value
+        warnings.warn(f"ephemeral_gpu_offload=True has no effect on {kind} adapters: leave it out", stacklevel=3)
 
 
 def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:

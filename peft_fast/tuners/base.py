@@ -22,20 +22,23 @@ from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
+from .auxiliary import Auxiliary, check_biases
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
-from .matching import ALL_LINEAR, adaptable_paths, all_linear, find_targets, targets_in
+from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
 from .merge_16bit import merge_to_16bit
-from .modules_to_save import ModulesToSaveWrapper, find_modules_to_save
+from .modules_to_save import ModulesToSaveWrapper
 from .names import check_adapter_name, list_of_names
 from .slow_patterns import check_patterns_end
-from .tied import warn_of_adapting, warn_of_merging
+from .tied import note_untied, plan_ties, warn_of_adapting, warn_of_merging
+from .trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 class BaseTuner(nn.Module):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
+    uses_shared_state = False  # whether its layers share weights that are not theirs alone (VeRA's projections)
     target_module_mapping: Mapping[str, list[str] | str]
 
     def __init__(
@@ -64,11 +67,19 @@ class BaseTuner(nn.Module):
         self.peft_config = peft_config
         self.active_adapters = active_adapters
         self.targeted_module_names: list[str] = []
+        self._tied_targets: tuple[str, ...] = ()  # of the adapter that is being put in: see plan_ties
         self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
         """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
         raise NotImplementedError
+
+    def find_parameters(self, config: Any, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+        """(path of the module, name) of parameters that are to be adapted though they are no layers'."""
+        return []
+
+    def adapt_parameter(self, path: str, name: str, adapter_name: str, config: Any) -> nn.Module:
+        raise NotImplementedError  # what stands at `path` once the adapter is on that parameter
 
     @classmethod
     def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
@@ -86,24 +97,25 @@ class BaseTuner(nn.Module):
         """Put a new adapter into the model; it is active and trainable if it is the first, and else neither.
 
         `autocast_adapter_dtype`: weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: weights are
-        made on the meta device, for a file to be loaded over them. `state_dict`: its keys say which layers are adapted,
-        and the config is made to say so too.
+        made on the meta device, for a file to be loaded over them. `state_dict`: its keys say which layers are adapted.
         Raises ValueError (no such target, a kind of layer that cannot be adapted, ...) with model and config unchanged.
         """
         check_adapter_name(adapter_name, self.peft_config)
         config.check()
         check_patterns_end(config, adaptable_paths(self.model))
-        self._check_biases(config)
+        check_biases(config, self.peft_config)
         resolved = self._resolved_targets(config) if state_dict is None else targets_in(self, state_dict, config)
-        saved = find_modules_to_save(self.model, config.modules_to_save) if config.modules_to_save else []
-        paths = find_targets(self.model, config, resolved)
-        first = not self.peft_config
-        active = [adapter_name] if first else self.active_adapters
+        ties = plan_ties(self.model, config, resolved)
+        auxiliary = Auxiliary(self.model, config, ties)
+        parameters = self.find_parameters(config, state_dict)
+        keys = [f"{path}.{name}" for path, name in parameters]
+        paths = auxiliary.in_order(find_targets(self.model, auxiliary.config, ties.target_modules, keys))
+        active = self.active_adapters if self.peft_config else [adapter_name]
         before = {holder for _, holder in self.holders()}
-        off = bool(before) and all(holder.disable_adapters for holder in before)
-        kept = [] if first else [(p, p.requires_grad) for p in self.model.parameters()]
+        kept = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
+            self._tied_targets = ties.targets
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in paths:
                 target = self.model.get_submodule(path)
@@ -111,25 +123,34 @@ class BaseTuner(nn.Module):
                     layer = self.adapt(target, path, adapter_name, config)
                     adapted |= {target: layer, layer: layer}
                 self._replace(path, adapted[target])
-            for path in saved:
-                self._wrap(path, adapter_name)
-            for _, holder in self.holders():
-                if first or holder not in before:
-                    holder.set_adapter(active, config.inference_mode)
-                    holder.enable_adapters(not off)
-                else:  # what is active and what is paused in it is not this adapter's business
-                    holder.set_requires_grad(adapter_name, False)
+            for path, name in parameters:
+                self._replace(path, self.adapt_parameter(path, name, adapter_name, config))
+            auxiliary.wrap(adapter_name)
             if autocast_adapter_dtype:
                 self._cast_to_float32(adapter_name)
-            if first:
-                self._freeze_base(config)
-            for parameter, requires_grad in kept:
-                parameter.requires_grad_(requires_grad)
-        warn_of_adapting(self.model, [*paths, *saved])
-        config.target_modules = resolved
+            self._start_adapter(adapter_name, config, active, before, kept)
+        if not (ties.targets or ties.saved):
+            warn_of_adapting(self.model, [*paths, *auxiliary.saved])
+        config.target_modules, config.modules_to_save = ties.target_modules, ties.modules_to_save
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
+
+    def _start_adapter(self, name: str, config: Any, active: list[str], before: set[Any], kept: list[Any]) -> None:
+        """Say what is active and trainable. `before`: the holders of before; `kept`: what was trained then, or not."""
+        first = not self.peft_config
+        off = bool(before) and all(holder.disable_adapters for holder in before)
+        for _, holder in self.holders():
+            if first or holder not in before:
+                holder.set_adapter(active, config.inference_mode)
+                holder.enable_adapters(not off)
+            else:  # what is active and what is paused in it is not this adapter's business
+                holder.set_requires_grad(name, False)
+        if first:
+            self._freeze_base(config)
+            return
+        for parameter, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. Was it the only active one, the first that is left takes its place, with a warning."""
@@ -152,49 +173,20 @@ class BaseTuner(nn.Module):
         self._set_active(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
-        targets = config.target_modules
-        if targets is None:
-            model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-            targets = self.target_module_mapping.get(str(model_type))
-            if targets is None:
-                raise ValueError(
-                    f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
-                    f"{ALL_LINEAR!r} takes every linear layer but the output"
-                )
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            return all_linear(self.model)
-        return targets if isinstance(targets, str) else set(targets)
-
-    def _check_biases(self, config: Any) -> None:
-        trained = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
-        if trained and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"adapter {trained[0]!r} trains biases of the base model already, and they exist once: use bias='none'"
-            )
+        return resolved_targets(self.model, config.target_modules, self.target_module_mapping)
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
 
-    def _wrap(self, path: str, adapter_name: str) -> None:
-        module = self.model.get_submodule(path)
-        wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
-        wrapper.add_adapter(adapter_name)
-        if wrapper is not module:
-            self._replace(path, wrapper)
-
     def _cast_to_float32(self, adapter_name: str) -> None:
-        for _, layer in self.layers():
-            for parameter in layer.adapter_parameters(adapter_name):
-                if parameter.dtype in HALF_DTYPES:
-                    parameter.data = parameter.data.float()
+        for parameter in (p for _, layer in self.layers() for p in layer.adapter_parameters(adapter_name)):
+            if parameter.dtype in HALF_DTYPES:
+                parameter.data = parameter.data.float()
 
     def _freeze_base(self, config: Any) -> None:
         """Train the adapters only, and the biases that the config asks for."""
-        ours: set[int] = set()
-        for _, holder in self.holders():
-            for name in holder.available_adapters():
-                ours.update(id(parameter) for parameter in holder.adapter_parameters(name))
+        ours = {id(p) for _, h in self.holders() for name in h.available_adapters() for p in h.adapter_parameters(name)}
         for parameter in self.model.parameters():
             if id(parameter) not in ours:
                 parameter.requires_grad_(False)
@@ -314,7 +306,9 @@ class BaseTuner(nn.Module):
         """
         names = self._names_to_merge(adapter_names)
         self._merge(adapter_names, safe_merge, progressbar, undoable=False)
-        return self._unload(names)
+        model = self._unload(names)
+        note_untied(model)
+        return model
 
     def merge_to_16bit(
         self, dtype: torch.dtype = torch.bfloat16, adapter_names: Sequence[str] | None = None, progressbar: bool = True
@@ -353,6 +347,8 @@ class BaseTuner(nn.Module):
                 self._replace(path, holder.base_layer)
             elif isinstance(holder, ModulesToSaveWrapper):
                 self._replace(path, holder.module_of(with_copies_of))
+            elif isinstance(holder, TrainableTokensWrapper):
+                self._replace(path, holder.token_adapter)  # which is the layer itself by now
         self._allow_repacking()
         return self.model
 
@@ -365,6 +361,9 @@ class BaseTuner(nn.Module):
         for layer in self._kept_unpacked:
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
         """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""

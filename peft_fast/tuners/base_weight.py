@@ -138,3 +138,17 @@ def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:
     if is_conv1d(layer) and type(layer).forward is _conv1d().forward:
         return layer.weight.t()  # type: ignore[operator, union-attr]
     return None
+
+
+def why_not_embedding(layer: Any) -> str | None:
+    """Why the adapter of an embedding could not follow what the layer does, or None."""
+    if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
+        return f"its table is a {type(layer.weight.data).__name__} of {layer.weight.dtype}"
+    if type(layer).forward is nn.Embedding.forward:
+        return None
+    factor = getattr(layer, "embed_scale", None)
+    if factor is None:
+        return "it has a forward of its own, and need not look up the ids that it is called with"
+    if isinstance(factor, Tensor) and factor.numel() != 1:
+        return f"its embed_scale must be one number, got {tuple(factor.shape)}"
+    return None

@@ -19,6 +19,7 @@ from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 
 from .base_weight import base_weight, can_hold, check_writable, clone, set_base_weight, set_quantized_weight
+from .offload import home, onloaded
 
 
 class AdapterHolder(nn.Module):
@@ -48,6 +49,12 @@ class AdapterHolder(nn.Module):
     def available_adapters(self) -> list[str]:
         names = {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
         return sorted(names)
+
+    def _get_available_adapters(self) -> set[str]:  # peft's names for it, which tests of other libraries use
+        return set(self.available_adapters())
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return self.available_adapters()
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         found: list[nn.Parameter] = []
@@ -168,21 +175,26 @@ class BaseTunerLayer(AdapterHolder):
     def place_adapter(self, adapter_name: str, keep_dtype: bool = False) -> None:
         """Move an adapter to the base weight's device and, unless `keep_dtype`, to its dtype.
 
-        A k-bit base counts as its compute dtype. Weights on the meta device stay there.
+        A k-bit base counts as its compute dtype, an offloaded one as where it computes. Weights on the meta device stay
+        there.
         """
         weight = self.base_weight()
         dtype = getattr(self.get_base_layer(), "compute_dtype", None)
         if isinstance(weight, Tensor):
             dtype = weight.dtype
         on_meta = any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name))
-        device = torch.device("meta") if on_meta else weight.device
+        device = torch.device("meta") if on_meta else home(self.get_base_layer()) or weight.device
         for attribute in self.adapter_layer_names:
             container = getattr(self, attribute)
             if adapter_name not in container:
                 continue
             if isinstance(container, nn.ParameterDict):
                 weights = container[adapter_name]
-                weights.data = weights.data.to(device, None if keep_dtype else dtype)
+                moved = weights.data.to(device, None if keep_dtype else dtype)
+                if moved.is_meta == weights.is_meta:
+                    weights.data = moved
+                else:  # which torch does not let `data` be
+                    container[adapter_name] = nn.Parameter(moved, requires_grad=weights.requires_grad)
             else:
                 container[adapter_name] = container[adapter_name].to(device, None if keep_dtype else dtype)
 
@@ -204,7 +216,8 @@ class BaseTunerLayer(AdapterHolder):
             warnings.warn("no adapter is merged: nothing to undo", stacklevel=2)
             return
         if self._unmerged is None:
-            self._write_base(*self.shifted_base(self.merged_adapters, -1))
+            with onloaded(self.get_base_layer(), changed=True):
+                self._write_base(*self.shifted_base(self.merged_adapters, -1))
         else:
             base: Any = self.get_base_layer()
             weight, bias = self._unmerged
@@ -241,7 +254,8 @@ class BaseTunerLayer(AdapterHolder):
         """Why these adapters should not be merged, or None: a trial that writes nothing."""
         if not adapter_names:
             return None
-        weight, bias = self.shifted_base(adapter_names)
+        with onloaded(self.get_base_layer()):
+            weight, bias = self.shifted_base(adapter_names)
         if can_hold(self.get_base_layer(), weight, self.weight_name) and (bias is None or bool(bias.isfinite().all())):
             return None
         return (
@@ -263,7 +277,8 @@ class BaseTunerLayer(AdapterHolder):
             if undoable and not self.merged:
                 self._unmerged = clone(weight), None if self.bias is None else self.bias.clone()
             warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
-        self._write_base(*self.shifted_base(adapter_names))
+        with onloaded(self.get_base_layer(), changed=True):
+            self._write_base(*self.shifted_base(adapter_names))
         self.merged_adapters += adapter_names
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from peft_fast.errors import NoMatchingPeftModuleError
+
 from .base_weight import is_dense_linear, quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import is_inside_named
@@ -37,23 +39,28 @@ def by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Valu
     return default
 
 
-def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] | str) -> list[str]:
+def find_targets(
+    model: nn.Module, config: Any, target_modules: Collection[str] | str, parameters: Collection[str] = ()
+) -> list[str]:
     """The paths of the modules that `target_modules` names, less the excluded ones, in the model's order.
 
+    `parameters`: the paths of those that are adapted too; then there may be no module.
     Reads `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` of `config`.
-    Raises ValueError where nothing is left, with the names that come close.
+    Raises NoMatchingPeftModuleError, a ValueError, where nothing is left, with the names that come close.
     """
     paths = adaptable_paths(model)
     named = [path for path in paths if matches(target_modules, path)]
+    if not named and parameters and not target_modules:
+        return []
     if not named:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} not found in the base model{_closest(target_modules, paths)}"
         )
     found = [path for path in named if _is_wanted(config, path)]
     if not found:
         rules = {name: getattr(config, name, None) for name in _FILTERS}
         given = ", ".join(f"{name}={value}" for name, value in rules.items() if value is not None)
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} names {len(named)} modules, but {given} takes all of them away"
         )
     if not isinstance(target_modules, str):
@@ -63,8 +70,9 @@ def find_targets(model: nn.Module, config: Any, target_modules: Collection[str] 
     excluded = getattr(config, "exclude_modules", None)
     if excluded and not any(matches(excluded, path) for path in paths):
         warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
+    met = [*found, *parameters]
     for option in ("rank_pattern", "alpha_pattern"):
-        keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in found)]
+        keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in met)]
         if keys:
             warnings.warn(f"{option} keys {_shown(keys)} match no target", RuntimeWarning, stacklevel=2)
     return found
@@ -93,6 +101,23 @@ def _layer_index(path: str, lists: Collection[str] | str | None) -> int | None:
     pattern = rf"(?:|.*?\.)(?:{'|'.join(names)})\.(\d+)\." if names else r".*?\.[^.]*\.(\d+)\."
     match = re.match(pattern, path)
     return int(match[1]) if match else None
+
+
+def resolved_targets(
+    model: nn.Module, targets: Collection[str] | str | None, by_model_type: Mapping[str, list[str] | str]
+) -> set[str] | str:
+    """target_modules as names or an expression; None means what `by_model_type` says, or a ValueError."""
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = by_model_type.get(str(model_type))
+        if targets is None:
+            raise ValueError(
+                f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
+                f"{ALL_LINEAR!r} takes every linear layer but the output"
+            )
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return all_linear(model)
+    return targets if isinstance(targets, str) else set(targets)
 
 
 def adaptable_paths(model: nn.Module) -> list[str]:

@@ -21,6 +21,8 @@ from peft_fast.transaction import unchanged_on_error
 from .base_weight import HALF_DTYPES, check_writable, quantized_weight, set_base_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .trainable_tokens import TrainableTokensLayer
+from .trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 @torch.no_grad()
@@ -32,7 +34,8 @@ def merge_to_16bit(model: nn.Module, adapter_names: Sequence[str], dtype: torch.
     `dtype` cannot hold.
     """
     _check(model, dtype)
-    places = list(_places(model))
+    places, tied = list(_places(model)), _tied_tokens(model)
+    wrappers = [(path, module) for path, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)]
     made: dict[nn.Module, nn.Module] = {}  # a layer under several names becomes one layer
     with unchanged_on_error(model):
         for path, layer in tqdm(places, f"merging to {dtype}", unit="layer", disable=None if progressbar else True):
@@ -40,6 +43,11 @@ def merge_to_16bit(model: nn.Module, adapter_names: Sequence[str], dtype: torch.
                 made[layer] = _plain(path, layer, adapter_names, dtype)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made[layer])
+        for layer, source in tied:
+            layer.weight = source.weight
+        for path, wrapper in wrappers:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, wrapper.token_adapter)  # which is the layer itself by now
         _cast_the_rest(model, dtype)
     _forget_quantisation(model, dtype)
 
@@ -55,6 +63,7 @@ def _check(model: Any, dtype: torch.dtype) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("weights are on the meta device or offloaded: load the whole model onto one device")
+    same = {module for pair in _tied_tokens(model) for module in pair}
     users: dict[nn.Parameter, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -69,11 +78,20 @@ def _check(model: Any, dtype: torch.dtype) -> None:
             )
         check_writable(layer.get_base_layer())
         others = [name for name in users.get(layer.weight, []) if not name.startswith(f"{path}.")]  # type: ignore[call-overload]
+        if isinstance(layer, TrainableTokensLayer):
+            others = [name for name in others if model.get_submodule(name) not in same]
         if others:
             raise ValueError(
                 f"the weight of {path} is also {others[0]}'s, which the adapter must not change: give one of them a "
                 "copy, and set tie_word_embeddings=False in the model's config, before get_peft_model"
             )
+
+
+def _tied_tokens(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(output layer, embedding) that share a weight, and the rows of tokens that are trained in it."""
+    layers = [layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)]
+    pairs = [(layer.base_layer, layer.tied_adapter.base_layer) for layer in layers if layer.tied_adapter is not None]
+    return [(layer, source) for layer, source in pairs if layer.weight is source.weight]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,5 @@
 """Modules that are trained whole: the config option modules_to_save."""
 
-import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -8,9 +7,14 @@ from torch import nn
 
 from .base_weight import quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
+from .offload import trainable_copy
 
 
-class ModulesToSaveWrapper(AdapterHolder):
+class AuxiliaryTrainingWrapper(nn.Module):
+    """What stands in the place of a module that is trained beside the adapters of a method."""
+
+
+class ModulesToSaveWrapper(AdapterHolder, AuxiliaryTrainingWrapper):
     """Stands in the place of `original_module`; each adapter has a trained copy of it.
 
     One copy at most is active. A file holds the copy under the module's own name.
@@ -23,8 +27,15 @@ class ModulesToSaveWrapper(AdapterHolder):
         self.original_module = module.requires_grad_(False)
         self.modules_to_save = nn.ModuleDict()
 
-    def add_adapter(self, adapter_name: str) -> None:
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def add_adapter(self, adapter_name: str, tied_module: Any = None) -> None:
+        """`tied_module`: the copy's weight is this one's, as the original's weight is shared with another's."""
+        self.modules_to_save[adapter_name] = trainable_copy(self.original_module)
+        if tied_module is not None:
+            self.modules_to_save[adapter_name].weight = tied_module.weight
 
     def check_set_adapter(self, adapter_names: Sequence[str]) -> None:
         here = [name for name in adapter_names if name in self.modules_to_save]
@@ -79,13 +90,23 @@ def is_inside_named(path: str, names: Collection[str]) -> bool:
     return any(is_named(".".join(parts[:end]), names) for end in range(1, len(parts) + 1))
 
 
+def wrap_to_save(model: nn.Module, path: str, adapter_name: str, tied_module: Any = None) -> ModulesToSaveWrapper:
+    """Give the adapter a copy of the module at `path`; returns what stands there then."""
+    module = model.get_submodule(path)
+    wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+    wrapper.add_adapter(adapter_name, tied_module)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, wrapper)
+    return wrapper
+
+
 def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The paths of the modules that `names` (the ends of paths) mean. Raises ValueError where one is unfit."""
     found: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if not is_named(path, names) or path.startswith(tuple(f"{outer}." for outer in found)):
             continue
-        _check_trainable(path, module)
+        check_trainable(path, module)
         found.append(path)
     if not found:
         ends = dict.fromkeys(path.rpartition(".")[2] for path, _ in model.named_modules() if path)
@@ -93,7 +114,7 @@ def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _check_trainable(path: str, module: nn.Module) -> None:
+def check_trainable(path: str, module: nn.Module) -> None:
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BaseTunerLayer)):
         raise ValueError(f"modules_to_save cannot hold {path}: a {type(module).__name__} is not called as a module")
     if any(quantized_weight(inner) is not None for inner in module.modules()):

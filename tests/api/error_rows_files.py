@@ -273,15 +273,6 @@ LOADING = [
         why="peft ignores it",
     ),
     Row(
-        "ephemeral_gpu_offload",
-        lambda l, t: t.load(l, t.saved(l), ephemeral_gpu_offload=True),
-        None,
-        "",
-        ("ephemeral_gpu_offload=True is not built yet", "leave it out"),
-        NotImplementedError,
-        why=NOT_YET,
-    ),
-    Row(
         "a device that is not there",
         lambda l, t: l.load_peft_weights(t.saved(l), "abacus"),
         SafetensorError,

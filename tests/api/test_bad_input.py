@@ -215,8 +215,6 @@ class TestFiles:
         base = llama()
         with untouched(base), pytest.raises(TypeError, match=r"unknown keyword arguments .*revison"):
             PeftModel.from_pretrained(base, saved, revison="main")
-        with untouched(base), pytest.raises(NotImplementedError, match="ephemeral_gpu_offload"):
-            PeftModel.from_pretrained(base, saved, ephemeral_gpu_offload=True)
 
     def test_a_file_where_a_directory_should_be(self, llama, tmp_path, untouched):
         (tmp_path / "file").write_text("mine")

@@ -247,6 +247,3 @@ def test_options_that_exclude_it():
         peft_fast.LoraConfig(use_dora=True, lora_bias=True)
     with pytest.raises(TypeError, match="use_dora must be True or False"):
         peft_fast.LoraConfig(use_dora=1)
-    runtime = peft_fast.tuners.lora.LoraRuntimeConfig(ephemeral_gpu_offload=True)
-    with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload"):
-        peft_fast.LoraConfig(use_dora=True, runtime_config=runtime)

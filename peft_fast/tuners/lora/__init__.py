@@ -7,6 +7,7 @@ from .layer import Linear, LoraLayer
 from .linear_like import LinearLike
 from .mlp import set_lora_mlp
 from .model import LoraModel
+from .param_wrapper import ParamWrapper
 
 __all__ = [
     "Conv1d",
@@ -20,6 +21,7 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MultiheadAttention",
+    "ParamWrapper",
     "set_lora_groups",
     "set_lora_mlp",
 ]

@@ -19,7 +19,6 @@ from peft_fast.peft_types import PeftType
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
-    "trainable_token_indices",
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -30,19 +29,20 @@ NOT_BUILT = (
     "qalora_group_size",
     "monteclora_config",
     "layer_replication",
-    "runtime_config",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 INITS_NOT_BUILT = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass
 class LoraRuntimeConfig:
-    """Options of a run, never saved."""
+    """Options of a run, never saved.
+
+    ephemeral_gpu_offload: the norms of base weights on the CPU, which a new adapter with DoRA starts from, are computed
+      on the accelerator, if there is one. No effect on other adapters.
+    """
 
     ephemeral_gpu_offload: bool = False
 
@@ -63,7 +63,14 @@ class LoraConfig(PeftConfig):
       (both Kaiming uniform: the adapter does something at once, for tests).
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
+    target_parameters: names of parameters of modules that are no layers (the whole path or its end), such as the 3-d
+      ones of experts. Not with lora_dropout, lora_bias, use_dora. Names of experts' layers in target_modules become
+      such, where transformers keeps them as parameters.
     modules_to_save: names of modules that are trained and saved whole.
+    trainable_token_indices: ids of tokens whose rows of the input embedding are trained and saved, or {name of a layer:
+      ids}. An output layer with the embedding's weight follows.
+    ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
+      are trained as one too.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
@@ -78,6 +85,7 @@ class LoraConfig(PeftConfig):
         "rank_pattern",
         "alpha_pattern",
         "lora_bias",
+        "trainable_token_indices",
     )
 
     r: int = 8
@@ -110,7 +118,7 @@ class LoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | set[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
     kasa_config: Any = None
@@ -182,7 +190,8 @@ def _check_built(config: LoraConfig) -> None:
     default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
     for name in NOT_BUILT:
         value = getattr(config, name)
-        if value != default[name] and not (value is None and not default[name]):
+        unset = not default[name] and value in (None, [])  # for MoE models peft writes target_parameters=[]
+        if value != default[name] and not unset:
             raise NotImplementedError(
                 f"LoraConfig option {name}={value!r} is not built in peft_fast yet: leave it at {default[name]!r}, or "
                 "use peft for this adapter"
@@ -205,6 +214,8 @@ def _check_types(config: LoraConfig) -> None:
         rules.append((name, "a list of module names or one regular expression", fits))
     saved = config.modules_to_save
     rules.append(("modules_to_save", "a list of module names", saved is None or (_are_strings(saved) and all(saved))))
+    names = config.target_parameters
+    rules.append(("target_parameters", "a list of names of parameters", names is None or _are_strings(names)))
     layers, lists = config.layers_to_transform, config.layers_pattern
     rules.append(("layers_to_transform", "an index or a list of indices", layers is None or _are_indices(layers)))
     rules.append(
@@ -212,7 +223,13 @@ def _check_types(config: LoraConfig) -> None:
     )
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
-    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode"):
+    tokens = config.trainable_token_indices
+    of_layers = tokens if isinstance(tokens, dict) else {"": tokens}
+    named = _are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
+    fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
+    rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
+    rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
+    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying"):
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:
         if not fits:
@@ -228,6 +245,11 @@ def _check_numbers(config: LoraConfig) -> None:
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ValueError(f"{name} must be a finite number, got {alpha!r}")
+    tokens = config.trainable_token_indices
+    for name, ids in (tokens if isinstance(tokens, dict) else {"": tokens}).items():
+        if ids is not None and (not ids or min(ids) < 0):
+            where = f"[{name!r}]" if name else ""
+            raise ValueError(f"trainable_token_indices{where} must be one or more ids from 0 on, got {ids!r}")
     p = config.lora_dropout
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"lora_dropout must be a probability from 0 to 1, got {p!r}")
@@ -253,6 +275,10 @@ def _check_patterns(config: LoraConfig) -> None:
 def _are_indices(values: Any) -> bool:
     indices = values if isinstance(values, (list, tuple, set)) else [values]
     return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+
+
+def _are_ids(values: Any) -> bool:
+    return isinstance(values, list) and _are_indices(values)
 
 
 def _are_strings(values: Any) -> bool:

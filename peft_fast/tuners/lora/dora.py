@@ -82,11 +82,7 @@ def factor(layer: Any, name: str) -> Tensor:
 
 def _norms(layer: Any, name: str) -> Tensor:
     (A, B), scale, weight = layer.dora_factors(name), layer.scaling[name], layer.rows_of_base()
-    if weight.device.type == "meta" and A.device.type != "meta":
-        raise ValueError(
-            "DoRA needs the base weight for its norms, and that is on the meta device: offloaded layers cannot have "
-            "it. Leave them out of target_modules, or keep them on the device"
-        )
+    _check_at_hand(weight, A)
     squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
     if caching and name in layer.kept_norms:
@@ -99,15 +95,28 @@ def _norms(layer: Any, name: str) -> Tensor:
     return norms
 
 
+def _check_at_hand(weight: Tensor | QuantizedWeight, A: Tensor) -> None:
+    if weight.device.type == "meta" and A.device.type != "meta":
+        raise ValueError(
+            "DoRA needs the base weight for its norms, and that is on the meta device: offloaded layers cannot have "
+            "it. Leave them out of target_modules, or keep them on the device"
+        )
+
+
 def initial_magnitude(layer: Any, name: str) -> Tensor:
-    """The norms as they are now, so that the adapter starts as LoRA does; in the base weight's dtype."""
-    weight = layer.rows_of_base()
+    """The norms as they are now, so that the adapter starts as LoRA does; in the base weight's dtype and place."""
+    weight: Any = layer.rows_of_base()
     A, B = layer.dora_factors(name)
     if A.is_meta:
         return torch.empty(B.shape[0], device="meta", dtype=weight.dtype)
+    _check_at_hand(weight, A)
+    home, accelerator = weight.device, torch.accelerator.current_accelerator(check_available=True)
+    if layer.ephemeral_gpu_offload and home.type == "cpu" and accelerator is not None:
+        weight, A, B = (part.to(accelerator) for part in (weight, A, B))
     if not bool(A.any()) or not bool(B.any()):
-        return torch.linalg.norm(weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight), dim=1)
-    return ops.merged_norms(weight, A, B, layer.scaling[name]).to(weight.dtype)
+        dense = weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight)
+        return torch.linalg.norm(dense, dim=1).to(home)
+    return ops.merged_norms(weight, A, B, layer.scaling[name]).to(home, weight.dtype)
 
 
 @torch.no_grad()

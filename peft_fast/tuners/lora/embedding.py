@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_fast import ops
 from peft_fast.dispatch import Choice
+from peft_fast.tuners.base_weight import why_not_embedding
 
 from . import dora
 from .config import LoraConfig
@@ -119,17 +120,3 @@ def lookup_weight(layer: Any) -> Tensor | None:
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return None
     return layer.weight
-
-
-def why_not_embedding(layer: Any) -> str | None:
-    """Why the adapter of an embedding could not follow what the layer does, or None."""
-    if type(layer.weight.data) is not Tensor or not layer.weight.is_floating_point():
-        return f"its table is a {type(layer.weight.data).__name__} of {layer.weight.dtype}"
-    if type(layer).forward is nn.Embedding.forward:
-        return None
-    factor = getattr(layer, "embed_scale", None)
-    if factor is None:
-        return "it has a forward of its own, and need not look up the ids that it is called with"
-    if isinstance(factor, Tensor) and factor.numel() != 1:
-        return f"its embed_scale must be one number, got {tuple(factor.shape)}"
-    return None

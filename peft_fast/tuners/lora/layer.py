@@ -30,6 +30,7 @@ class LoraLayer(BaseTunerLayer):
 
     dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
     out_dim = 0  # of the base weight: along the out features
+    ephemeral_gpu_offload = False  # see LoraRuntimeConfig
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -60,6 +61,7 @@ class LoraLayer(BaseTunerLayer):
         self.use_rslora[adapter_name] = config.use_rslora
         self.scaling[adapter_name] = self.initial_scale(adapter_name)
         self.lora_bias[adapter_name] = config.lora_bias
+        self.ephemeral_gpu_offload = config.runtime_config.ephemeral_gpu_offload
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.make_factors(adapter_name, r, config)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)

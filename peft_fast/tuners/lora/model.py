@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_fast.errors import NoMatchingPeftModuleError
+from peft_fast.renamed import renamed_keys
 from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
-from peft_fast.tuners.matching import by_pattern
+from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
 from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora
@@ -19,8 +21,12 @@ from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .groups import group_siblings, ungroup_siblings
+from .joined_experts import joined_experts
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
+from .moe import converted
+from .param_wrapper import ParamWrapper, wrappers_of
+from .tied import TiedLinear
 
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
@@ -39,6 +45,8 @@ class LoraModel(BaseTuner):
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+        if path in self._tied_targets and not isinstance(target, TiedLinear):
+            return self._tied(target, path, adapter_name, config=config, r=r, lora_alpha=alpha)
         if isinstance(target, LoraLayer):
             target.update_layer(adapter_name, r, alpha, config)
             return target
@@ -53,6 +61,75 @@ class LoraModel(BaseTuner):
             if in_encoder and name in FAST_PATH and is_dense_linear(target):
                 cls = EncoderLinear
         return cls(target, adapter_name, config=config, r=r, lora_alpha=alpha)
+
+    def _tied(self, target: nn.Module, path: str, adapter_name: str, **arguments: Any) -> nn.Module:
+        """For a layer that shares its weight with the input embedding: see TiedLinear.
+
+        Other embeddings that share it (T5's, of encoder and decoder) get adapters of their own, as in peft.
+        """
+        source: Any = embedding_of(self.model, "get_input_embeddings")
+        if isinstance(target, LoraLayer) and not isinstance(target, Embedding):
+            raise ValueError(
+                f"ensure_weight_tying: {path} has an adapter already that is not tied to the input embedding's, and "
+                "all adapters of a layer have to be of one kind: leave the option out, or delete that adapter"
+            )
+        if not isinstance(source, Embedding):
+            raise ValueError(f"ensure_weight_tying needs LoRA on the input embedding, and that is a {type(source)}")
+        if is_dense_linear(target):
+            return TiedLinear(target, adapter_name, tied_to=source, **arguments)
+        warnings.warn(f"ensure_weight_tying: {path} is no output layer and gets an adapter of its own", stacklevel=2)
+        if isinstance(target, Embedding):
+            target.update_layer(adapter_name, arguments["r"], arguments["lora_alpha"], arguments["config"])
+            return target
+        return _layer_class(target, path)(target, adapter_name, **arguments)
+
+    def find_parameters(self, config: LoraConfig, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+        wanted = config.target_parameters or ()
+        if not wanted:
+            return []
+        if state_dict is not None:
+            raise ValueError("target_parameters are not found in a state_dict: leave that out, or them")
+        found: list[tuple[str, str]] = []
+        for path in adaptable_paths(self.model):
+            module = self.model.get_submodule(path)
+            there = wrappers_of(module)
+            base: Any = module.get_base_layer() if isinstance(module, ParamWrapper) else module
+            own = {name for name, _ in base.named_parameters(recurse=False) if matches(wanted, f"{path}.{name}")}
+            if there and own != there.keys():
+                raise ValueError(
+                    f"the adapters of {path} have to be on the same parameters: there are some on {sorted(there)}, and "
+                    f"target_parameters names {sorted(own)}"
+                )
+            found += [(path, name) for name, _ in base.named_parameters(recurse=False) if name in own]
+        if any(matches(wanted, name) for name, _ in self.model.named_parameters(recurse=False)):
+            raise ValueError(
+                f"target_parameters {sorted(wanted)} name a parameter of the model itself, not of a module"
+            )
+        if not found:
+            raise NoMatchingPeftModuleError(f"target_parameters {sorted(wanted)} not found in the base model")
+        if idle := {name for name in wanted if not any(matches({name}, ".".join(where)) for where in found)}:
+            warnings.warn(f"target_parameters {sorted(idle)} match nothing", RuntimeWarning, stacklevel=4)
+        return found
+
+    def adapt_parameter(self, path: str, name: str, adapter_name: str, config: LoraConfig) -> nn.Module:
+        r = by_pattern(config.rank_pattern, f"{path}.{name}", config.r)
+        alpha = by_pattern(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)
+        module = self.model.get_submodule(path)
+        wrapper = wrappers_of(module).get(name)
+        if wrapper is not None:
+            wrapper.update_layer(adapter_name, r, alpha, config)
+            return module
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper):
+            raise ValueError(f"{path} is in target_modules, and its {name} in target_parameters: leave out one of them")
+        return ParamWrapper(module, adapter_name, parameter_name=name, config=config, r=r, lora_alpha=alpha)
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """With the adapters of single experts joined, where transformers has joined the experts."""
+        if not any(isinstance(layer, ParamWrapper) for _, layer in self.layers()):
+            return state_dict
+        lost = [key for key in state_dict if ".experts." in key]
+        names = {key: prefix + name for key, name in renamed_keys(self.model, lost).items()}
+        return joined_experts(state_dict, names)
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
@@ -72,9 +149,14 @@ class LoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
+        given, config = config, converted(self.model, config)
         super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        vars(given).update(vars(config))
+        self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
         for _, layer in self.layers():
+            if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
+                layer.tie(adapter_name)
             if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dora.unround(layer, adapter_name)
         fuse_mlps(self.model)

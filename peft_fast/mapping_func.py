@@ -1,0 +1,5 @@
+"""Names of peft.mapping_func."""
+
+from .mapping import get_peft_model
+
+__all__ = ["get_peft_model"]

@@ -1,0 +1,129 @@
+"""LoRA on a parameter of a module that is no layer: the config option target_parameters.
+
+The experts of transformers' mixtures are such, [experts, out, in] ([experts, in, out] where the module says that it
+`is_transposed`). The sum of parameter and adapters takes the parameter's place for the time of a forward, under
+autograd. A of all experts is one linear layer, [rank * experts, in], and B [out, rank * experts]: peft's names.
+Several parameters of one module have wrappers around one another.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast.dispatch import Choice
+
+from .config import LoraConfig
+from .layer import LoraLayer
+
+
+class ParamWrapper(LoraLayer):
+    """Around the module that has the parameter `parameter_name`, or around another wrapper of its.
+
+    Raises ValueError for parameters of other shapes, and for options that need the layer's input.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        parameter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: float,
+    ) -> None:
+        super().__init__(base_layer)
+        self.parameter_name = self.weight_name = parameter_name
+        shape = tuple(self.weight.shape)
+        if len(shape) not in (2, 3) or not self.weight.is_floating_point():
+            raise ValueError(
+                f"LoRA adapts parameters [out, in] and [experts, out, in], and {parameter_name} is {shape} of "
+                f"{self.weight.dtype}: leave it out of target_parameters"
+            )
+        self.num_experts = shape[0] if len(shape) == 3 else 1
+        self.is_transposed = len(shape) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
+        self.in_features, self.out_features = shape[-2:] if self.is_transposed else shape[:-3:-1]
+        self.update_layer(adapter_name, r, lora_alpha, config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
+        for option in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
+            if getattr(config, option):
+                raise ValueError(
+                    f"{option} is not for target_parameters, whose adapters see no input: leave out one of the two"
+                )
+        super().update_layer(adapter_name, r, lora_alpha, config)
+
+    def make_factors(self, adapter_name: str, r: int, config: LoraConfig) -> None:
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r * self.num_experts, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r * self.num_experts, self.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None
+
+    def _products(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """(left, right), whose product is the change before scaling, in the parameter's layout."""
+        A, B = (factor.weight for factor in self.factors(adapter_name))
+        if self.weight.dim() == 2:
+            return B, A
+        A = A.unflatten(0, (self.num_experts, -1))  # [experts, r, in]
+        B = B.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)  # [experts, out, r]
+        return (A.mT, B.mT) if self.is_transposed else (B, A)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        left, right = self._products(adapter_name)
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return self.scaling[adapter_name] * (left.to(wide) @ right.to(wide))
+
+    def weight_in_effect(self) -> Tensor:
+        weight = self.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in self.adapters_in_effect():
+                left, right = (part.to(weight.dtype) for part in self._products(name))
+                multiply_add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+                weight = multiply_add(weight, left, right, alpha=self.scaling[name])
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if not self.adapters_in_effect():
+            return self.base_layer(*args, **kwargs)
+        path, layer = self.parameter_name, self.base_layer
+        while isinstance(layer, ParamWrapper):
+            path, layer = f"base_layer.{path}", layer.base_layer
+        return torch.func.functional_call(self.base_layer, {path: self.weight_in_effect()}, args, kwargs)
+
+    def route(self, tokens: int) -> Choice:
+        if self.adapters_in_effect():
+            because = f"the adapters are added to the parameter {self.parameter_name} for each forward"
+            return Choice("parameter", "added", because)
+        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+        return Choice("base_layer", "base", f"the adapters are {reason}")
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its experts: num_experts, config, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:  # being unpickled or copied
+                raise
+            return getattr(self.get_base_layer(), name)
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r},"
+
+
+def wrappers_of(module: nn.Module) -> dict[str, ParamWrapper]:
+    """The wrappers around a module, by the names of their parameters."""
+    found: dict[str, ParamWrapper] = {}
+    while isinstance(module, ParamWrapper):
+        found[module.parameter_name] = module
+        module = module.base_layer
+    return found

@@ -1,0 +1,3 @@
+from .layer import TrainableTokensLayer
+
+__all__ = ["TrainableTokensLayer"]

@@ -1,0 +1,5 @@
+"""Names of peft.utils.peft_types."""
+
+from peft_fast.peft_types import PeftType, TaskType
+
+__all__ = ["PeftType", "TaskType"]

@@ -1,0 +1,5 @@
+"""Names of peft.utils.warning."""
+
+
+class PeftWarning(UserWarning):
+    """For `filterwarnings` of code that was written for peft. Our warnings are plain UserWarnings."""

@@ -13,7 +13,7 @@ from .adapter_file import PREFIX
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """{key: what it is called today}, of those of `keys` that transformers renames for `model`, without "base_model.".
 
-    Weights that were also joined or split (experts of newer versions) are not: those keys stay unknown.
+    Weights that were also joined or split are not: of experts, tuners/lora/joined_experts.py does that after this.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         return {}

@@ -2,109 +2,20 @@
 weight and on others."""
 
 import copy
-import pickle
 import warnings
 
 import peft
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file
 
 import peft_fast
 from peft_fast.tuners.trainable_tokens import TrainableTokensLayer
 
-V, E = 40, 16
-IDS = torch.randint(0, 10, (3, 9), generator=torch.Generator().manual_seed(3))
-SIZES = {"vocab_size": V, "hidden_size": E, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
-TEXT = {"input_ids": IDS}
-BART = {f"{side}_{what}": value for side in ("encoder", "decoder") for what, value in
-        (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+from .token_models import IDS, MODELS, TOKENS, E, V, adapted, base, close, logits, shaken
 
-
-def llama(tied):
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, pad_token_id=3, tie_word_embeddings=tied))
-
-
-def bert():
-    model = tf.BertForMaskedLM(tf.BertConfig(**SIZES))
-    return model.requires_grad_(True)
-
-
-MODELS = {
-    "tied": (lambda: llama(True), TEXT, ["q_proj"]),
-    "untied": (lambda: llama(False), TEXT, ["q_proj"]),
-    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=E, n_layer=1, n_head=2)), TEXT, ["c_attn"]),
-    "t5": (
-        lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(vocab_size=V, d_model=E, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-        ),
-        PAIR,
-        ["q"],
-    ),
-    "bart-scaled": (
-        lambda: tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=V, d_model=E, scale_embedding=True, **BART)),
-        PAIR,
-        ["q_proj"],
-    ),
-    "gemma2-scaled": (
-        lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)),
-        TEXT,
-        ["q_proj"],
-    ),
-    "bert": (bert, TEXT, ["query"]),
-}
-TOKENS = {
-    "list": [1, 3, 7],
-    "embedding": {"embed_tokens": [5, 1]},
-    "head": {"lm_head": [2, 9]},
-    "both-alike": {"embed_tokens": [1, 3], "lm_head": [1, 3]},
-    "both-different": {"embed_tokens": [1, 3], "lm_head": [1, 2, 4]},
-    "twice": [4, 4, 6],
-}
-by_kind = pytest.mark.parametrize("kind", MODELS)
 CASES = [(kind, "list") for kind in MODELS] + [(k, t) for k in ("tied", "untied") for t in TOKENS if t != "list"]
 every_case = pytest.mark.parametrize(("kind", "tokens"), CASES, ids=[f"{k}-{t}" for k, t in CASES])
-
-
-def base(kind, dtype=torch.float32):
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        return MODELS[kind][0]().eval().to(dtype)
-
-
-def adapted(library, kind, tokens, shake=True, dtype=torch.float32, **options):
-    model = base(kind, dtype)
-    torch.manual_seed(5)
-    config = library.LoraConfig(r=4, target_modules=MODELS[kind][2], trainable_token_indices=tokens, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = library.get_peft_model(model, config).eval()
-    return shaken(model) if shake else model
-
-
-def shaken(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name or "tokens_delta" in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    return model
-
-
-def logits(model, kind):
-    return model(**MODELS[kind][1]).logits
-
-
-def close(a, b, **tolerances):
-    torch.testing.assert_close(a, b, **{"rtol": 1e-4, "atol": 1e-5, **tolerances})
-
-
-def without_bias(model, kind):
-    """peft's layer around an output layer with a bias leaves it out, so its BERT is another model: both without one."""
-    if kind == "bert":
-        model.get_submodule("cls.predictions").bias.data.zero_()
-    return model
 
 
 @every_case
@@ -172,71 +83,6 @@ def test_merging_and_unloading_give_pefts_weights(kind):
         close(mine, other[1], msg=name)
     close(logits(merged[0], kind), expected)
     assert merged[0].config.tie_word_embeddings == merged[1].config.tie_word_embeddings == (kind != "untied")
-
-
-def test_unload_gives_the_base_model_back(untouched):
-    plain = base("tied")
-    model = shaken(peft_fast.get_peft_model(plain, peft_fast.LoraConfig(trainable_token_indices=[1, 2])))
-    model.merge_adapter()
-    assert model.unload() is plain
-    for (name, mine), other in zip(plain.named_parameters(), base("tied").named_parameters(), strict=True):
-        assert name == other[0]
-        close(mine, other[1])
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_the_life_of_several_adapters_is_pefts(kind):
-    models = [adapted(library, kind, [1, 3]) for library in (peft_fast, peft)]
-    for model, library in zip(models, (peft_fast, peft)):
-        torch.manual_seed(9)
-        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]))
-        model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["q_proj"]))
-        shaken(model, seed=2)
-    assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    outputs = []
-    for name in ("other", "plain", "default"):
-        for model in models:
-            model.set_adapter(name)
-        outputs += [logits(model, kind) for model in models]
-        close(*outputs[-2:])
-        flags = [{n: p.requires_grad for n, p in model.named_parameters()} for model in models]
-        assert flags[0] == flags[1]
-        assert [s.active_adapters for s in models[0].get_layer_status()] == [
-            s.active_adapters for s in models[1].get_layer_status()
-        ]
-    assert len({round(out.sum().item(), 3) for out in outputs}) == 3
-    for model in models:
-        with model.disable_adapter():
-            close(logits(model, kind), logits(base(kind), kind))
-        model.delete_adapter("default") if model is models[1] else _deleted(model)
-        model.set_adapter("other")
-    close(logits(models[0], kind), outputs[0])
-    close(*(logits(model, kind) for model in models))
-    assert models[0].get_model_status().num_adapter_layers == models[1].get_model_status().num_adapter_layers
-    assert [s.module_type for s in models[0].get_layer_status()] == [
-        s.module_type for s in models[1].get_layer_status()
-    ]
-
-
-def _deleted(model):
-    with pytest.warns(UserWarning, match="was deleted"):
-        model.delete_adapter("default")
-
-
-def test_adapters_with_rows_for_one_token_exclude_each_other():
-    model = adapted(peft_fast, "tied", [1, 3])
-    for name, tokens in (("same", [3]), ("apart", [4])):
-        model.add_adapter(name, peft_fast.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
-    shaken(model)
-    with pytest.raises(ValueError, match="both have a row of their own for token 3"):
-        model.base_model.set_adapter(["default", "same"])
-    with pytest.raises(ValueError, match="token 3"):
-        model.merge_adapter(["default", "same"])
-    assert not any(layer.merged for _, layer in model.base_model.layers())
-    model.base_model.set_adapter(["default", "apart"])
-    expected = logits(model, "tied")
-    close(logits(model.merge_and_unload(), "tied"), expected)
 
 
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
@@ -323,29 +169,6 @@ def test_hooks_of_the_embedding_run():
     assert seen == [1]
 
 
-def test_copies_pickles_and_attributes(tmp_path):
-    model = adapted(peft_fast, "tied", [1, 3])
-    expected = logits(model, "tied")
-    wrapper = model.get_input_embeddings()
-    assert wrapper.num_embeddings == V
-    assert wrapper.weight.shape == (V, E)
-    assert not torch.equal(wrapper.weight, wrapper.original_module.weight)
-    close(wrapper.weight[1], wrapper.token_adapter.trainable_tokens_delta["default"][0])
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        close(logits(twin, "tied"), expected)
-        head, embedding = (twin.get_submodule(f"base_model.model.{p}") for p in ("lm_head", "model.embed_tokens"))
-        assert (
-            head.token_adapter.trainable_tokens_delta["default"]
-            is (embedding.token_adapter.trainable_tokens_delta["default"])
-        )
-    row = next(row for row in peft_fast.explain(model, show=False).rows if "embed_tokens" in row.name)
-    assert row.route == "added"
-    plain = base("tied").state_dict()
-    of_base = peft_fast.get_base_model_state_dict(model)
-    assert of_base.keys() == plain.keys()
-    assert all(torch.equal(of_base[name], plain[name]) for name in plain)
-
-
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_embeddings_that_are_saved_with_it_load_both_ways(kind, tmp_path):
     for writer, reader in ((peft_fast, peft), (peft, peft_fast)):
@@ -355,94 +178,6 @@ def test_embeddings_that_are_saved_with_it_load_both_ways(kind, tmp_path):
         written.save_pretrained(folder, save_embedding_layers=True)
         read = reader.PeftModel.from_pretrained(base(kind), folder).eval()
         close(logits(read, kind), logits(written, kind))
-
-
-def test_new_tokens_are_added_trained_and_merged(tmp_path):
-    """What the option is for."""
-    model = base("tied")
-    model.resize_token_embeddings(V + 3, mean_resizing=False)
-    config = peft_fast.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[V, V + 1, V + 2])
-    model = shaken(peft_fast.get_peft_model(model, config))
-    model.save_pretrained(tmp_path)
-    out = model(input_ids=torch.tensor([[1, V + 1]])).logits
-    assert out.shape[-1] == V + 3
-    with pytest.raises(ValueError, match="resize_token_embeddings"):
-        peft_fast.PeftModel.from_pretrained(base("tied"), tmp_path)
-    close(model.merge_and_unload()(input_ids=torch.tensor([[1, V + 1]])).logits, out)
-
-
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_merging_to_16_bits(kind):
-    model = adapted(peft_fast, kind, [1, 3])
-    expected, merged = logits(model, kind), model.merge_to_16bit(progressbar=False)
-    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
-    assert [name for name, _ in merged.named_modules()] == [name for name, _ in base(kind).named_modules()]
-    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (kind == "tied")
-    close(logits(merged, kind).float(), expected, rtol=2e-2, atol=2e-2)
-
-
-def test_it_compiles_to_one_graph_and_trains_with_checkpointing():
-    model = adapted(peft_fast, "tied", [1, 3])
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits, logits(model, "tied"))
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapted(peft_fast, "tied", [1, 3]).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for one, other in zip(*gradients, strict=True):
-        close(one, other)
-
-
-BAD = {
-    "unknown": ({"nope": [1]}, {}, "'nope' not found"),
-    "beyond": ([V], {}, "from 0 to 39"),
-    "no-embedding": ({"norm": [1]}, {}, "single tokens cannot be trained in a LlamaRMSNorm"),
-    "adapted": ([1], {"target_modules": ["embed_tokens", "q_proj"]}, "leave it out of target_modules"),
-    "whole": ({"embed_tokens": [1]}, {"modules_to_save": ["embed_tokens"]}, "trains it whole"),
-    "whole-unnamed": ([1], {"modules_to_save": ["embed_tokens"]}, "trains it whole"),
-    "untie": ({"embed_tokens": [1], "lm_head": [2]}, {"ensure_weight_tying": True}, "needs the same tokens"),
-}
-
-
-@pytest.mark.parametrize(("tokens", "options", "message"), BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("how", ["new", "added", "injected"])
-def test_what_cannot_be_done_changes_nothing(tokens, options, message, how, untouched):
-    model = base("tied")
-    if how == "added":
-        model = peft_fast.get_peft_model(model, peft_fast.LoraConfig(target_modules=["v_proj"]))
-    config = peft_fast.LoraConfig(**{"target_modules": ["q_proj"], **options}, trainable_token_indices=tokens)
-    before = copy.deepcopy(vars(config))
-    call = {
-        "new": lambda: peft_fast.get_peft_model(model, config),
-        "added": lambda: model.add_adapter("new", config),
-        "injected": lambda: peft_fast.inject_adapter_in_model(config, model),
-    }[how]
-    with untouched(model), pytest.raises(ValueError, match=message):
-        call()
-    assert vars(config) == before
-
-
-@pytest.mark.parametrize(
-    ("tokens", "error"),
-    [
-        ([-1], ValueError), ([], ValueError), ({"x": []}, ValueError), (["a"], TypeError), (3, TypeError),
-        ([True], TypeError), ((1, 2), TypeError), ({"": [1]}, TypeError), ({1: [1]}, TypeError), ({"x": 1}, TypeError),
-        ([1.0], TypeError), ("1", TypeError),
-    ],
-)  # fmt: skip
-def test_malformed_indices_are_refused(tokens, error):
-    with pytest.raises(error, match="trainable_token_indices"):
-        peft_fast.LoraConfig(trainable_token_indices=tokens)
-
-
-def test_weights_for_other_tokens_are_not_loaded_over_these(tmp_path, untouched):
-    adapted(peft_fast, "tied", [1, 3]).save_pretrained(tmp_path)
-    model = adapted(peft_fast, "tied", [1, 4])
-    with untouched(model), pytest.raises(ValueError, match="trainable_token_indices"):
-        model.load_adapter(tmp_path, "default")
 
 
 def test_an_adapted_output_layer_follows_inside_of_its_adapter():
@@ -461,17 +196,6 @@ def _with_head(library):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return shaken(library.get_peft_model(base("tied"), config).eval())
-
-
-def test_injected_models_save_and_load(tmp_path):
-    config = peft_fast.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 3])
-    model = shaken(peft_fast.inject_adapter_in_model(config, base("tied")))
-    state = peft_fast.get_peft_model_state_dict(model)
-    twin = peft_fast.inject_adapter_in_model(copy.deepcopy(config), base("tied"), low_cpu_mem_usage=True)
-    result = peft_fast.set_peft_model_state_dict(twin, state, low_cpu_mem_usage=True)
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    close(logits(twin, "tied"), logits(model, "tied"))
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=str)
@@ -495,12 +219,3 @@ def test_options_of_the_embedding_are_kept_as_in_peft(options):
         assert torch.equal(layer.base_layer.weight, table.weight)
     close(results[0][0], results[1][0])
     close(results[0][1], results[1][1])
-
-
-def test_an_adapter_that_is_made_anew_has_its_own_tokens():
-    layer = TrainableTokensLayer(torch.nn.Embedding(V, E), "default", token_indices=[1])
-    layer.set_adapter("default")
-    layer(IDS)
-    layer.update_layer("default", [2], init_weights=False)
-    assert torch.equal(layer(torch.tensor([2]))[0], layer.trainable_tokens_delta["default"][0])
-    assert torch.equal(layer(torch.tensor([1]))[0], layer.base_layer.weight[1])

@@ -244,6 +244,17 @@ def test_a_second_adapter_is_tied_too_and_one_that_is_not_is_refused(untouched):
     assert vars(config) == before
 
 
+def test_what_is_trained_whole_because_it_is_tied_is_no_target():
+    """As what modules_to_save itself names; peft puts LoRA on it first, and then cannot copy it."""
+    options = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+    with pytest.raises(TypeError, match="cannot be applied to modules of type"):
+        adapted(peft, "llama", **options)
+    model = adapted(peft_fast, "llama", **options)
+    assert not any("lora" in name for name, _ in model.named_parameters() if "lm_head" in name)
+    _check_tied(model)
+    assert "default" in model.get_output_embeddings().modules_to_save
+
+
 def test_deleting_the_tied_adapter_and_unloading():
     plain = base("llama")
     config = peft_fast.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True)

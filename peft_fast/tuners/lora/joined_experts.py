@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OF_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.lora_([AB])\.weight")
+OF_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.lora_([AB])\.weight")
 IN_ORDER = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
 

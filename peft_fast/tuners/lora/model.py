@@ -140,6 +140,13 @@ class LoraModel(BaseTuner):
                 f"the config says rank {rank}, and the file's tensors do not fit that: none has a dimension above "
                 f"{largest}. Are adapter_config.json and the weights of one adapter?"
             )
+        tokens = config.trainable_token_indices or []
+        most = max(map(len, tokens.values() if isinstance(tokens, dict) else [tokens]), default=0)
+        if largest and most > largest:
+            raise ValueError(
+                f"the config names {most} tokens, and the file has no rows for them: none of its tensors has a "
+                f"dimension above {largest}. Are adapter_config.json and the weights of one adapter?"
+            )
 
     def inject_adapter(
         self,

@@ -44,6 +44,9 @@ KNOWN_SPILLS = {
     ("quant_matmul_dx_kernel", "sm_89", "bf16 auto nf4 M256 R16 fp32-adapter dropout"),
     ("lora_down_bwd_kernel", "sm_120", "bf16 auto dense M1 R16 first layer"),
     ("lora_down_bwd_kernel", "sm_120", "bf16 auto dense M1 R17 odd dropout"),
+    ("quant_gemv_kernel", "sm_86", "fp16 auto nf4 M4 R17 odd fp32-adapter"),
+    ("lora_down_bwd_kernel", "sm_86", "bf16 auto dense M1 R17 odd dropout"),
+    ("quant_matmul_dx_kernel", "sm_86", "bf16 auto nf4 M32 R17 odd"),
 }
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from bench import compile as matrix
 from bench.compile_cases import launches
+from bench.compile_picks import KNOWN_SPILLS
 from bench.launches import Launch, compile_for, record
 
 KERNELS = {
@@ -23,7 +24,9 @@ KERNELS = {
 def measured(quick: bool, targets: tuple[int, ...]) -> list[matrix.Row]:
     rows = matrix.run(matrix.jobs(quick, targets))
     assert {row.kernel for row in rows} == KERNELS
-    assert [f"{row.kernel} {row.target} {row.variant}: {row.fault}" for row in rows if row.fault] == []
+    faulty = {(row.kernel, row.target, row.variant): row.fault for row in rows if row.fault}
+    assert {key: text for key, text in faulty.items() if key not in KNOWN_SPILLS} == {}
+    assert quick or set(faulty) >= KNOWN_SPILLS
     return rows
 
 

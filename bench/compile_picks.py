@@ -28,28 +28,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENS = (1, 2, 4, 8, 9, 32, 64, 256, 512)  # one of every class of configs.py and on both sides of the table's limits
 
 
-# Found by this walk: what `auto` launches although it spills 8 to 16 bytes a thread (compile.csv says which). The tests
-# allow these and nothing else, and fail when one of them is gone: to be emptied by better configurations.
-KNOWN_SPILLS = {
-    ("lora_down_bwd_kernel", "sm_90", "bf16 auto dense M1 R17 odd dropout"),
-    ("quant_gemv_kernel", "sm_100", "fp16 auto nf4 M4 R17 odd fp32-adapter"),
-    ("quant_gemv_kernel", "sm_100", "fp16 auto int8 M4 R16 fp32-adapter"),
-    ("lora_down_bwd_kernel", "sm_100", "bf16 auto dense M1 R17 odd dropout"),
-    ("quant_gemv_kernel", "sm_100", "bf16 auto nf4 M4 R17 odd"),
-    ("quant_gemv_kernel", "sm_100", "bf16 auto nf4 M4 R17 odd fp32-adapter"),
-    ("quant_matmul_dx_kernel", "sm_89", "fp16 auto nf4 M256 R16 fp32-adapter dropout"),
-    ("quant_gemv_kernel", "sm_89", "fp16 auto nf4 M4 R17 odd fp32-adapter"),
-    ("lora_down_bwd_kernel", "sm_89", "bf16 auto dense M1 R17 odd dropout"),
-    ("quant_matmul_dx_kernel", "sm_89", "bf16 auto nf4 M32 R17 odd"),
-    ("quant_matmul_dx_kernel", "sm_89", "bf16 auto nf4 M256 R16 fp32-adapter dropout"),
-    ("lora_down_bwd_kernel", "sm_120", "bf16 auto dense M1 R16 first layer"),
-    ("lora_down_bwd_kernel", "sm_120", "bf16 auto dense M1 R17 odd dropout"),
-    ("quant_gemv_kernel", "sm_86", "fp16 auto nf4 M4 R17 odd fp32-adapter"),
-    ("lora_down_bwd_kernel", "sm_86", "bf16 auto dense M1 R17 odd dropout"),
-    ("quant_matmul_dx_kernel", "sm_86", "bf16 auto nf4 M32 R17 odd"),
-}
-
-
 class Pick(NamedTuple):
     """A layer, what it is called with, and what that launches."""
 

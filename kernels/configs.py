@@ -77,9 +77,11 @@ def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = Tr
     block_r = rank_block(R, itemsize)
     if count > 1:
         return dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
-    if itemsize == 4 or block_r == 64 or (block_r == 32 and not aligned):
+    if itemsize == 4 or block_r == 64:
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
-    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r)
+    if block_r == 32 and not aligned:
+        return dict(BLOCK_M=16, BLOCK_K=64, BLOCK_R=block_r)
+    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r, num_stages=4)  # 3: a word on the stack (sm_120, dA alone)
 
 
 def lora_up_forward(R: int, itemsize: int) -> dict:
@@ -152,8 +154,10 @@ GEMM_32_BIT = (
     (16, (_gemm(16, 32, 64, 4),)),
     (MANY, (_gemm(32, 32, 32, 4),)),
 )
-# Buffers of the pipeline: as many as fit twice into the shared memory of an SM (163 and 227 KB against 99).
+# Buffers of the pipeline: as many as fit twice into the shared memory of an SM (163 and 227 KB against 99). With three
+# the largest tiles spill on sm_89, in dx with dropout.
 GEMM_STAGES = {80: 4, 86: 3, 90: 4, 120: 3}
+GEMM_STAGES_89 = 2
 
 
 def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> list[dict]:
@@ -162,27 +166,31 @@ def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> 
     for its addresses (tiles.warps)."""
     candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
     stages = _newest(GEMM_STAGES, device)
+    if candidates[0]["BLOCK_M"] == 128 and capability(device) == 89:
+        stages = GEMM_STAGES_89
     if not aligned:
         block_m, block_k = min(candidates[0]["BLOCK_M"], 64), min(candidates[0]["BLOCK_K"], 64)
-        return [dict(candidates[0], BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8, num_stages=2)]
+        warps = 4 if block_m == 32 else 8  # 32 rows spill with 8 (sm_86, sm_89)
+        return [dict(candidates[0], BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=2)]
     return [dict(config, num_stages=stages) for config in candidates]
 
 
 # GEMV: the threads of a program lie along K, so that each reads its piece of x once for BLOCK_N rows of W and has as
 # many loads in flight; with more rows of x there are registers for fewer rows of W (128 at M = 8). BLOCK_N by BLOCK_M;
-# 8 rows spill on sm_100.
+# 8 rows spill on sm_100, and 4 with int8.
 GEMV = {
     75: {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)},
-    100: {1: (4,), 2: (4, 2), 4: (4, 2), 8: (4, 2)},
+    100: {1: (4,), 2: (4, 2), 4: (2, 1), 8: (4, 2)},
     120: {1: (8, 4), 2: (4, 8), 4: (4, 2), 8: (4, 2)},
 }
 
 
 def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
-    """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's."""
+    """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's, with
+    4 rows of more."""
     block_m = triton.next_power_of_2(M)
     known = _newest(GEMV, device)[block_m]
-    rows = known if aligned else (known[0] // 2,)
+    rows = known if aligned else (1 if block_m == 4 else known[0] // 2,)
     return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in rows]
 
 

@@ -1,5 +1,5 @@
-"""`auto` launches nothing that the compile matrix says spills or does not fit, but for what is listed in KNOWN_SPILLS:
-every launch that ops/table.py's picks make on a card is looked up in bench/results/compile.csv."""
+"""`auto` launches nothing that the compile matrix says spills or does not fit: every launch that ops/table.py's picks
+make on a card is looked up in bench/results/compile.csv."""
 
 import csv
 import functools
@@ -8,7 +8,7 @@ import pytest
 import triton
 
 from bench import compile as matrix
-from bench.compile_picks import KNOWN_SPILLS, TOKENS, Pick, covers, picks
+from bench.compile_picks import TOKENS, Pick, covers, picks
 
 Rows = dict[tuple[str, str, str], dict[str, str]]  # (kernel, target, variant): row
 
@@ -28,7 +28,7 @@ def of(capability: int) -> tuple[list[Pick], list[matrix.Job]]:
 
 
 def problems(capability: int, known: Rows) -> list[str]:
-    """One line for each launch of a pick that has no row, or one with a fault that is not in KNOWN_SPILLS."""
+    """One line for each launch of a pick that has no row, or one with a fault."""
     made, jobs = of(capability)
     exact = {launch: variant for variant, launch, _ in jobs}
     found = []
@@ -36,8 +36,6 @@ def problems(capability: int, known: Rows) -> list[str]:
     for launch, pick in launched.items():
         variant = exact.get(launch) or next((v for v, other, _ in jobs if covers(other, launch)), None)
         row = known.get((launch.name, f"sm_{capability}", str(variant)))
-        if row is not None and (launch.name, f"sm_{capability}", variant) in KNOWN_SPILLS:
-            continue
         if row is None:
             found.append(f"{launch.name}, {pick.variant}: no row of {variant} in compile.csv (make compile)")
         elif int(row["spill_bytes"]) or float(row["shared_kb"]) > matrix.SHARED_KB[capability] or row["fault"]:
@@ -53,20 +51,14 @@ def test_auto_launches_what_fits(capability):
     assert problems(capability, rows()) == []
 
 
-def test_known_spills_still_spill():
-    """Whoever cures one takes it off the list."""
-    cured = [key for key in KNOWN_SPILLS if key not in rows() or not rows()[key]["fault"]]
-    assert cured == []
-
-
 def test_what_spills_or_is_not_known_is_noticed():
-    key = next(key for key in rows() if key == ("lora_up_bwd_kernel", "sm_90", "bf16 R16 aligned"))
+    key = ("lora_up_bwd_kernel", "sm_90", "bf16 R16 aligned wide")
     row, others = rows()[key], {k: row for k, row in rows().items() if k != key}
     for changed, expected in (
         ({key: row | {"spill_bytes": "8"}}, "spills or does not fit"),
         ({key: row | {"shared_kb": "228.0"}}, "spills or does not fit"),
         ({key: row | {"fault": "uses fp64"}}, "spills or does not fit"),
-        ({}, "no row of bf16 R16 aligned"),
+        ({}, "no row of bf16 R16 aligned wide"),
     ):
         (line,) = problems(90, others | changed)
         assert line.startswith("lora_up_bwd_kernel, bf16 auto ")

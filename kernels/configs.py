@@ -186,8 +186,8 @@ GEMV = {
 
 
 def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
-    """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's, with
-    4 rows of more."""
+    """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's, of
+    more with 4 rows."""
     block_m = triton.next_power_of_2(M)
     known = _newest(GEMV, device)[block_m]
     rows = known if aligned else (1 if block_m == 4 else known[0] // 2,)

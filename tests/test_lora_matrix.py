@@ -117,7 +117,7 @@ def slow_where_large(row: Row):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("row", map(slow_where_large, PAIRS))
+@pytest.mark.parametrize("row", [slow_where_large(row) for row in PAIRS])
 def test_pairs(row, device):
     check(row, device)
 

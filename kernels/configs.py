@@ -63,16 +63,18 @@ def dequantize_int8(K: int) -> dict:
 # LoRA's two projections, by rank and bytes per element: the widest tiles that spill nothing on any target.
 
 
-def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
-    """`count` adapters share x."""
+def lora_down_forward(device: torch.device, R: int, itemsize: int, count: int = 1) -> dict:
+    """`count` adapters share x. Two of rank 8 spill on sm_80 with three stages, on sm_120 with two."""
     block_r = rank_block(R, itemsize)
-    if count > 1:
-        block_m, block_k = (16, 128) if count == 2 else (32, 32)
-        return dict(BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=min(block_r, 32))
+    if count == 2:
+        stages = 2 if capability(device) == 80 else 3
+        return dict(BLOCK_M=16, BLOCK_K=128, BLOCK_R=min(block_r, 32), num_stages=stages)
+    if count > 2:
+        return dict(BLOCK_M=32, BLOCK_K=32, BLOCK_R=min(block_r, 32))
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
-def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = True) -> dict:
+def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = True, needs_dx: bool = True) -> dict:
     """Not aligned: x is loaded element by element (tiles.warps), and its addresses take registers."""
     block_r = rank_block(R, itemsize)
     if count > 1:
@@ -81,7 +83,7 @@ def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = Tr
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
     if block_r == 32 and not aligned:
         return dict(BLOCK_M=16, BLOCK_K=64, BLOCK_R=block_r)
-    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r, num_stages=4)  # 3: a word on the stack (sm_120, dA alone)
+    return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=block_r, num_stages=3 if needs_dx else 2)  # dA alone: spills on sm_120
 
 
 def lora_up_forward(R: int, itemsize: int) -> dict:
@@ -170,7 +172,7 @@ def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> 
         stages = GEMM_STAGES_89
     if not aligned:
         block_m, block_k = min(candidates[0]["BLOCK_M"], 64), min(candidates[0]["BLOCK_K"], 64)
-        warps = 4 if block_m == 32 else 8  # 32 rows spill with 8 (sm_86, sm_89)
+        warps = 4 if block_m == 32 and itemsize == 2 else 8  # 32 rows spill with 8 (sm_86, sm_89), in fp32 with 4
         return [dict(candidates[0], BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=2)]
     return [dict(config, num_stages=stages) for config in candidates]
 

@@ -201,7 +201,7 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
         return x.new_empty(0, sum(ranks))
     if not in_one_launch(x, A):
         return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
-    config = configs.lora_down_forward(max(ranks), x.element_size(), len(A))
+    config = configs.lora_down_forward(x.device, max(ranks), x.element_size(), len(A))
     grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(max(ranks), config["BLOCK_R"])
     splits, steps = configs.split_lora_down(M, K, config["BLOCK_K"], grid[0] * grid[1])
     s = torch.empty((splits, M, sum(ranks)), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
@@ -235,7 +235,7 @@ def lora_down_group_backward(
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     threads = warps(x, *A, x if dx is None else dx)
-    config = configs.lora_down_backward(max(ranks), x.element_size(), len(A), aligned=threads == 4)
+    config = configs.lora_down_backward(max(ranks), x.element_size(), len(A), threads == 4, needs_dx=dx is not None)
     columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]

@@ -1,6 +1,8 @@
 """A whole decoder layer of transformers' Llama with adapters on its seven linear layers, the MLP as one op: compiled in
 one piece, and run again under both kinds of checkpointing."""
 
+from functools import partial
+
 import bitsandbytes  # noqa: F401 - the layers' own dequantisation is a candidate where it is loaded
 import pytest
 import torch
@@ -10,7 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_fast import LoraConfig, explain, get_peft_model
+from peft_fast import LoraConfig, explain, get_peft_model, ops, set_lora_groups
+
+from .test_siblings import K, adapted, assert_equal
+from .test_siblings import results as results_of
 
 HIDDEN = 64
 
@@ -112,3 +117,18 @@ def test_checkpoints_give_the_same_bits_with_dropout(base, reentrant, dtype):
         grads.append([y, x.grad, *(p.grad.clone() for p in layer.parameters() if p.requires_grad)])
     assert len(grads[0]) == 2 + 14
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_groups_are_not_compiled(use_checkpoint, monkeypatch):
+    """The layers run one by one there."""
+    model, x = adapted(), torch.randn(6, K)
+    set_lora_groups(model, False)
+    expected = results_of(model, x)
+    set_lora_groups(model, True)
+    monkeypatch.setattr(ops, "lora_group", None)
+    run = partial(checkpoint, model, use_reentrant=False) if use_checkpoint else model
+    torch._dynamo.reset()
+    assert_equal(
+        results_of(model, x, torch.compile(run, fullgraph=True, backend="aot_eager")), expected, rtol=1e-5, atol=1e-5
+    )

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-from functools import partial
 
 import accelerate
 import pytest
@@ -394,18 +393,3 @@ class TestStandingDown:
     def test_state_dict_has_the_same_keys(self):
         assert adapted().state_dict().keys() == adapted(Attention(print)).state_dict().keys()
         assert not any("group" in key or "siblings" in key for key in adapted().state_dict())
-
-
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_compiled(use_checkpoint, calls):
-    """The layers run one by one there."""
-    model, x = adapted(), torch.randn(6, K)
-    set_lora_groups(model, False)
-    expected = results(model, x)
-    set_lora_groups(model, True)
-    run = partial(checkpoint, model, use_reentrant=False) if use_checkpoint else model
-    torch._dynamo.reset()
-    assert_equal(
-        results(model, x, torch.compile(run, fullgraph=True, backend="aot_eager")), expected, rtol=1e-5, atol=1e-5
-    )
-    assert calls == []

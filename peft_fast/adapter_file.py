@@ -51,7 +51,7 @@ def load_peft_weights(
 def _checked_device(device: str | torch.device | None) -> torch.device:
     try:
         place = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=place)  # how each backend says that it is not here differs: four kinds of error
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise ValueError(f"the device must be one of this machine, got {device!r}: {error}") from error
     if place.type == "meta":

@@ -160,6 +160,10 @@ class BaseTunerLayer(AdapterHolder):
             name for name in self._active_adapter if any(name in getattr(self, a) for a in self.adapter_layer_names)
         ]
 
+    def why_idle(self) -> str:
+        """What is said of the adapters where none is in effect."""
+        return "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+
     def route(self, tokens: int) -> Choice:
         """What a forward of so many tokens, in the layer's own dtype, runs now, and why: a row of `explain`."""
         return Choice(type(self).__name__, "reference", "this method has no kernels of its own")

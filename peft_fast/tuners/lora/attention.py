@@ -147,8 +147,7 @@ class MultiheadAttention(LoraLayer):
         if self.adapters_in_effect():
             because = "torch.nn.MultiheadAttention reads its weights: the adapters are added to them for each forward"
             return Choice("attention", "added", because)
-        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
-        return Choice("base_layer", "base", f"the adapters are {reason}")
+        return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
 
     def __getattr__(self, name: str) -> Any:
         """What transformer layers ask of their attention: num_heads, batch_first, in_proj_bias, ..."""

@@ -108,8 +108,7 @@ class _ConvNd(LoraLayer):
     def route(self, tokens: int) -> Choice:
         if self.adapters_in_effect():
             return Choice("convolution", "added", "torch's own convolutions compute the base layer, A and B")
-        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
-        return Choice("base_layer", "base", f"the adapters are {reason}")
+        return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
 
 
 class Conv1d(_ConvNd):

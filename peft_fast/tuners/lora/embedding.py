@@ -103,7 +103,7 @@ class Embedding(LoraLayer):
 
     def route(self, tokens: int) -> Choice:
         if not self.adapters_in_effect():
-            reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+            reason = self.why_idle()
             return Choice("base_layer", "base", f"the adapters are {reason}")
         weight = lookup_weight(self.base_layer)
         if weight is None:

@@ -331,7 +331,7 @@ class Linear(LoraLayer):
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
-        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
+        reason = self.why_idle()
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
         if weight is None or (isinstance(weight, Tensor) and not adapters):

@@ -104,8 +104,7 @@ class ParamWrapper(LoraLayer):
         if self.adapters_in_effect():
             because = f"the adapters are added to the parameter {self.parameter_name} for each forward"
             return Choice("parameter", "added", because)
-        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
-        return Choice("base_layer", "base", f"the adapters are {reason}")
+        return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of its experts: num_experts, config, ..."""

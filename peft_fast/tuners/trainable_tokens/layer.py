@@ -201,8 +201,7 @@ class TrainableTokensLayer(BaseTunerLayer):
     def route(self, tokens: int) -> Choice:
         if self.adapters_in_effect():
             return Choice("token rows", "added", "the base layer is called: rows of the trained tokens replace its own")
-        reason = "merged" if self.merged else "switched off" if self.disable_adapters else "not active here"
-        return Choice("base_layer", "base", f"the adapters are {reason}")
+        return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
 
 
 def _check_layer(layer: Any) -> None:

@@ -20,6 +20,7 @@ never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this 
 It imports torch only.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -101,8 +102,13 @@ def quant_matmul_dx(
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """factor * a @ b with one rounding: the factor is applied to the accumulator."""
-    return a @ b if factor == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
+    """factor * a @ b with one rounding: the factor is applied to the accumulator, or where it is a power of two, and so
+    rounds nothing, to the product. That is quicker in bf16, where addmm takes 1.9 times as long as mm (512 x 512 by
+    512 x 16, one thread of an EPYC)."""
+    if abs(math.frexp(factor)[0]) == 0.5:
+        product = a @ b
+        return product if factor == 1.0 else product.mul_(factor)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
 
 
 def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,8 +166,10 @@ def lora_up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds [M, R] in dy's dtype and dB [N, R] in B's, each None where it is not needed."""
     ds = _product(dy, B.to(dy.dtype), scale) if needs_ds else None
-    dB = _product(dy.t(), s, scale).to(B.dtype) if needs_dB else None
-    return ds, dB
+    if not needs_dB:
+        return ds, None
+    # [R, N] and then turned: a product with few rows takes .6 of the time of one with few columns (N = 512, M = 512).
+    return ds, _product(s.t(), dy, scale).t().to(B.dtype).contiguous()
 
 
 def lora_down_backward(

@@ -39,7 +39,7 @@ class MlpCase:
         parts = []
         for name, projection in self.projections.items():
             own = {part: leaves.get(f"{name}.{part}") for part in ("A", "B", "bias")}
-            parts.append(replace(projection, **own))
+            parts.append(projection._replace(**own))
         return ops.lora_mlp(leaves["x"], *parts, self.activation, **options)
 
     def run(self, needs: Sequence[str] | None = None, **options) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def truth(case: MlpCase) -> dict[str, Tensor]:
         weight = projection.weight
         if not isinstance(weight, Tensor):
             weight = reference.dequantize(weight, case.x.dtype)
-        exact[name] = replace(projection, weight=weight)
+        exact[name] = projection._replace(weight=weight)
     return autograd_truth(replace(case, projections=exact), Tensor.double)
 
 

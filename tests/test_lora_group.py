@@ -145,7 +145,7 @@ def test_one_output_alone_can_be_used_and_one_x_is_kept():
     assert sorted(tuple(t.shape) for t in activations) == [(20, 24), (20, 64)]  # s of all three, and x
     y[1].float().sum().backward()
     alone, part = cases[1].leaves(), projections("qkv", cases, [case.leaves() for case in cases])[1]
-    part = replace(part, A=alone["A"], B=alone["B"], bias=alone["bias"])
+    part = part._replace(A=alone["A"], B=alone["B"], bias=alone["bias"])
     y_alone = ops.lora_linear(alone["x"], part.weight, part.A, part.B, part.scale, part.bias, dtype=BF16)
     y_alone.float().sum().backward()
     assert torch.equal(y[1], y_alone)
@@ -224,9 +224,9 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
     with pytest.raises(ValueError, match=r"layer 0 is \(48, 64\) and takes K=64 features, got x \(4, 32\)"):
         ops.lora_group(x[:, :32], parts)
     with pytest.raises(ValueError, match="1 has one of A and B"):
-        ops.lora_group(x, [parts[0], replace(parts[1], B=None)])
+        ops.lora_group(x, [parts[0], parts[1]._replace(B=None)])
     with pytest.raises(TypeError, match="x is torch.bfloat16 but the weight of layer 0 is torch.float32"):
         ops.lora_group(x.bfloat16(), parts)
-    trained = replace(parts[2], weight=parts[2].weight.detach().requires_grad_())
+    trained = parts[2]._replace(weight=parts[2].weight.detach().requires_grad_())
     with pytest.raises(ValueError, match="the weight of 2 requires a gradient, which lora_group does not compute"):
         ops.lora_group(x, [*parts[:2], trained])

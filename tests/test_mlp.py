@@ -143,7 +143,7 @@ def test_recomputation_under_checkpointing():
 
     def layer(*tensors):
         key = ops.new_dropout_key("cpu")
-        case.projections["down"] = replace(case.projections["down"], dropout_key=key)
+        case.projections["down"] = case.projections["down"]._replace(dropout_key=key)
         return case.call(dict(zip(names, tensors))).tanh()
 
     results = []
@@ -226,17 +226,17 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
     with pytest.raises(ValueError, match=r"x must have K=32 features .* got \(4, 31\)"):
         call(*parts, x=case.x[:, 1:])
     with pytest.raises(ValueError, match="up has one of A and B"):
-        call(gate, replace(up, A=None), down)
+        call(gate, up._replace(A=None), down)
     with pytest.raises(ValueError, match=r"gate: A must be \[R, 32\] and B \[48, R\], got \(2, 31\)"):
-        call(replace(gate, A=gate.A[:, 1:]), up, down)
+        call(gate._replace(A=gate.A[:, 1:]), up, down)
     with pytest.raises(ValueError, match=r"bias must be \[32\]"):
-        call(gate, up, replace(down, bias=gate.bias))
+        call(gate, up, down._replace(bias=gate.bias))
     with pytest.raises(ValueError, match="needs dropout_key"):
-        call(gate, up, replace(down, dropout_p=0.5, dropout_key=None))
+        call(gate, up, down._replace(dropout_p=0.5, dropout_key=None))
     with pytest.raises(ValueError, match=r"x is on cpu, up.B on meta"):
-        call(gate, replace(up, B=up.B.to("meta")), down)
+        call(gate, up._replace(B=up.B.to("meta")), down)
     with pytest.raises(ValueError, match="the weight of gate requires a gradient"):
-        call(replace(gate, weight=gate.weight.detach().requires_grad_()), up, down)
+        call(gate._replace(weight=gate.weight.detach().requires_grad_()), up, down)
     with pytest.raises(TypeError, match="x is torch.float16 but the weight of gate is torch.float32"):
         call(*parts, x=case.x.half())
     with pytest.raises(ValueError, match="route merge was asked for, but the weight is dense"):

@@ -1,7 +1,7 @@
 """Linear layers inside an op of several: what the op is given of each, and their part of the forward and backward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import flatten, unflatten
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """A linear layer [N, K] and its adapter, A [R, K] and B [N, R], as lora_linear takes them; A and B None: none."""
 
     weight: Tensor | QuantizedWeight

@@ -13,7 +13,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ from . import table
 from .library import implementation
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(NamedTuple):
     """A linear layer and its adapter, as a route takes them."""
 
     weight: Tensor | QuantizedWeight  # [N, K]

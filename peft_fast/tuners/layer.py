@@ -121,6 +121,7 @@ class BaseTunerLayer(AdapterHolder):
 
     base_layer: nn.Module
     weight_name = "weight"  # the parameter of the base layer that adapters are added to
+    cast_input_dtype_enabled = True  # see helpers.disable_input_dtype_casting
     backend: str | None = None  # "triton" or "torch": for this layer, whatever the process-wide choice is
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -156,9 +157,10 @@ class BaseTunerLayer(AdapterHolder):
         """The active adapters that this layer has; none while it is merged or all are switched off."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        return [
-            name for name in self._active_adapter if any(name in getattr(self, a) for a in self.adapter_layer_names)
-        ]
+        return [name for name in self._active_adapter if self.has_adapter(name)]
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return any(adapter_name in getattr(self, attribute) for attribute in self.adapter_layer_names)
 
     def why_idle(self) -> str:
         """What is said of the adapters where none is in effect."""

@@ -14,10 +14,10 @@ from peft_fast.dispatch import Choice
 
 from . import dora
 from .config import LoraConfig
-from .layer import LoraLayer
+from .layer import WithConstants
 
 
-class _ConvNd(LoraLayer):
+class _ConvNd(WithConstants):
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
         base: Any = self.get_base_layer()

@@ -16,10 +16,10 @@ from peft_fast.tuners.base_weight import why_not_embedding
 
 from . import dora
 from .config import LoraConfig
-from .layer import LoraLayer
+from .layer import WithConstants
 
 
-class Embedding(LoraLayer):
+class Embedding(WithConstants):
     """`embed_scale`: the embeddings of Gemma, BART and others multiply what they look up, and so the adapter's part."""
 
     dora_layer = dora.DoraEmbeddingLayer

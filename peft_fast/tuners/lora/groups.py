@@ -178,11 +178,12 @@ class _Open:
 
 def _state(layer: Linear, x: Tensor) -> tuple[list[Tensor], tuple]:
     """All that an output depends on: the very tensors, and plain values."""
-    adapters, base, kind = layer.adapters_in_effect(), layer.base_layer, x.device.type
+    adapters, base, kind = layer.adapters_in_effect(), layer._modules["base_layer"], x.device.type
+    assert base is not None
     given = [x, *base._parameters.values(), *base._buffers.values()]
     for name in adapters:
         A, B = layer.factors(name)
-        given += [A.weight, B.weight, B.bias]
+        given += [*A._parameters.values(), *B._parameters.values()]
     tensors = [tensor for tensor in given if tensor is not None]
     values = (
         adapters,

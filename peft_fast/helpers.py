@@ -10,13 +10,18 @@ from typing import Any
 from torch import nn
 
 from .config import PeftConfig
+from .kappa import KappaTuneSelector, find_kappa_target_modules
 from .model import PeftModel
+from .tuners.layer import BaseTunerLayer
 from .tuners.lora.dora import DoraCaching
 from .tuners.lora.layer import LoraLayer, checked_factor
 
 __all__ = [
     "DoraCaching",
+    "KappaTuneSelector",
     "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "find_kappa_target_modules",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",
@@ -45,6 +50,24 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in zip(layers, before):
             layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within the block no layer casts its input to the dtype of its adapters, for who casts the adapters itself by
+    hooks, as diffusers' layerwise casting does. `active=False`: the block changes nothing.
+
+    It concerns convolutions and DoRA. A linear layer never casts its input: the adapter is cast to the input's dtype.
+    """
+    layers = [module for module in model.modules() if active and isinstance(module, BaseTunerLayer)]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:

@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import peft_fast
 from bench.harness import Case
 
-# (hidden, intermediate, layers, batch, tokens per row)
-SHAPES = {"cpu": (512, 1408, 4, 2, 256), "cuda": (2048, 8192, 4, 2, 1024)}
+SIZES = {"cpu": (512, 1408, 4), "cuda": (2048, 8192, 4)}  # hidden, intermediate, layers
+BATCHES = {"cpu": ((2, 256), (8, 128)), "cuda": ((2, 1024),)}  # rows, tokens per row
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
@@ -57,14 +57,15 @@ def step(model: Any, ids: torch.Tensor, autocast: bool) -> Callable[[], torch.Te
 
 def cases(device: torch.device) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
-        saved_llama(folder, *SHAPES[device.type][:3])
-        for bits, dtype, p in itertools.product((4, 16), (torch.float32, torch.bfloat16), (0.0, 0.05)):
-            yield _case(device, folder, bits, dtype, p)
+        saved_llama(folder, *SIZES[device.type])
+        settings = itertools.product((4, 16), BATCHES[device.type], (torch.float32, torch.bfloat16), (0.0, 0.05))
+        for bits, batch, dtype, p in settings:
+            yield _case(device, folder, bits, batch, dtype, p)
 
 
-def _case(device: torch.device, folder: str, bits: int, dtype: torch.dtype, p: float) -> Case:
-    hidden, _, layers, batch, length = SHAPES[device.type]
-    ids, autocast = torch.randint(0, 2048, (batch, length), device=device), dtype == torch.bfloat16
+def _case(device: torch.device, folder: str, bits: int, batch: tuple[int, int], dtype: torch.dtype, p: float) -> Case:
+    hidden, _, layers = SIZES[device.type]
+    ids, autocast = torch.randint(0, 2048, batch, device=device), dtype == torch.bfloat16
     runs = {
         library.__name__: step(adapted(library, folder, device, bits, dtype, p), ids, autocast)
         for library in (peft, peft_fast)
@@ -75,6 +76,7 @@ def _case(device: torch.device, folder: str, bits: int, dtype: torch.dtype, p: f
         if p == 0.0:  # with dropout the masks differ by design
             assert abs(ours - theirs) < 1e-2 * abs(theirs), (ours, theirs)
 
-    name = f"llama hidden={hidden} layers={layers} tokens={batch * length} r=16 {'nf4' if bits == 4 else 'dense'} p={p}"
+    kind = "nf4" if bits == 4 else "dense"
+    name = f"llama hidden={hidden} layers={layers} batch={batch[0]}x{batch[1]} r=16 {kind} p={p}"
     op = "qlora_step" if bits == 4 else "lora_step"
     return Case(op, f"{name} autocast" if autocast else name, dtype, "forward+backward+AdamW", runs, gate)

@@ -48,7 +48,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors as a file holds them.
+    """An adapter's tensors as a file holds them: the model's own memory, detached.
 
     `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
     the "base_model.model." that a PeftModel's begin with.
@@ -69,10 +69,10 @@ def get_peft_model_state_dict(
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where accelerate has offloaded the layer that has it."""
+    """The tensor, without autograd, or a copy of it where accelerate has offloaded the layer that has it."""
     path, _, attribute = name.rpartition(".")
     if not tensor.is_meta or offloading_hook(layer := model.get_submodule(path)) is None:
-        return tensor
+        return tensor.detach()
     with onloaded(layer):
         return getattr(layer, attribute).detach().to("cpu", copy=True)
 
@@ -156,8 +156,10 @@ def _by_name_in_model(
     found: dict[str, Any] = {}
     for key, place in places.items():
         if place in found:
-            raise ValueError(f"the file has {place} twice, under an old key and a new one: {key!r} is one of them")
-        if place is not None:
+            # peft writes trained copies of embeddings and of biases (bias="all") under two names.
+            if not torch.equal(found[place], state_dict[key]):
+                raise ValueError(f"the file has {place} twice, with other values: {key!r} is one of its keys")
+        elif place is not None:
             found[place] = state_dict[key]
     return found, [key for key, place in places.items() if place is None]
 
@@ -235,12 +237,13 @@ def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         layer = embedding_of(tuner.model, getter)
         path = next((path for path, module in tuner.model.named_modules() if module is layer), None)
-        if layer is None or path is None or isinstance(layer, ModulesToSaveWrapper):
+        if layer is None or path is None:
             continue
         adapted = isinstance(layer, BaseTunerLayer)
         if adapted or not only_adapted:
             path = f"{path}.base_layer" if adapted else path
             path += ".token_adapter.base_layer" if isinstance(layer, TrainableTokensWrapper) else ""
+            path += ".original_module" if isinstance(layer, ModulesToSaveWrapper) else ""
             keys += [f"{path}.{name}" for name, _ in tuner.model.get_submodule(path).named_parameters()]
     return keys
 

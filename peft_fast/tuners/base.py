@@ -336,7 +336,13 @@ class BaseTuner(nn.Module):
         return names
 
     def unload(self) -> nn.Module:
-        """The base model as it was before, without any of our layers; merged adapters are unmerged first."""
+        """The base model as it was before, without any of our layers; merged adapters are unmerged first, with a
+        warning."""
+        if any(layer.merged for _, layer in self.layers()):
+            warnings.warn(
+                "unload() gives the base model as it was: the merged adapters are unmerged. merge_and_unload() keeps them",
+                stacklevel=2,
+            )
         self._unmerge()
         return self._unload([])
 

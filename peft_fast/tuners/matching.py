@@ -56,7 +56,7 @@ def find_targets(
         raise NoMatchingPeftModuleError(
             f"target_modules {_shown(target_modules)} not found in the base model{_closest(target_modules, paths)}"
         )
-    found = [path for path in named if _is_wanted(config, path)]
+    found = [path for path in named if _is_wanted(config, path, target_modules)]
     if not found:
         rules = {name: getattr(config, name, None) for name in _FILTERS}
         given = ", ".join(f"{name}={value}" for name, value in rules.items() if value is not None)
@@ -81,7 +81,9 @@ def find_targets(
 _FILTERS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
 
-def _is_wanted(config: Any, path: str) -> bool:
+def _is_wanted(config: Any, path: str, targets: Collection[str] | str) -> bool:
+    """Whether the other options let an adapter be there. Layers that `targets` names by their whole path need not be in
+    layers_to_transform."""
     excluded = getattr(config, "exclude_modules", None)
     if excluded and matches(excluded, path):
         return False
@@ -89,7 +91,7 @@ def _is_wanted(config: Any, path: str) -> bool:
     if is_inside_named(path, saved):
         return False
     wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None or wanted == []:
+    if wanted is None or wanted == [] or (not isinstance(targets, str) and path in targets):
         return True
     index = _layer_index(path, getattr(config, "layers_pattern", None))
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
@@ -194,14 +196,14 @@ def targets_in(tuner: Any, state_dict: Mapping[str, Any], config: Any) -> set[st
         )
     if absent := sorted(named - found):
         warnings.warn(f"state_dict has weights for layers that the model lacks: {absent}", stacklevel=3)
-    if dropped := sorted(path for path in found if not _is_wanted(config, path)):
+    targets = () if config.target_modules is None else tuner._resolved_targets(config)
+    if dropped := sorted(path for path in found if not _is_wanted(config, path, targets)):
         raise ValueError(
             f"state_dict has weights for {dropped}, which {', '.join(_FILTERS)} of the config take away: "
             "leave those out"
         )
     if config.target_modules is not None:
-        targets = tuner._resolved_targets(config)
-        meant = {path for path in paths if matches(targets, path) and _is_wanted(config, path)}
+        meant = {path for path in paths if matches(targets, path) and _is_wanted(config, path, targets)}
         if meant != found:
             warnings.warn(
                 f"target_modules of the config and state_dict differ, and state_dict counts: only the config has "

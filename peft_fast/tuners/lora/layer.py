@@ -92,6 +92,12 @@ class LoraLayer(BaseTunerLayer):
         modules: Any = self._modules  # a third of the time of self.lora_A[...], of which a forward would do a dozen
         return modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
 
+    def get_delta_bias(self, adapter_name: str) -> Tensor | None:
+        if not self.lora_bias[adapter_name]:
+            return None
+        _, B = self.factors(adapter_name)
+        return self.scaling[adapter_name] * B.bias
+
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self.scaling
 
@@ -275,10 +281,6 @@ class Linear(LoraLayer):
         wide = torch.promote_types(A.weight.dtype, torch.float32)
         delta = self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
         return delta.t() if self.fan_in_fan_out else delta
-
-    def get_delta_bias(self, adapter_name: str) -> Tensor | None:
-        _, B = self.factors(adapter_name)
-        return None if B.bias is None else self.scaling[adapter_name] * B.bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""

@@ -28,6 +28,8 @@ from .moe import converted
 from .param_wrapper import ParamWrapper, wrappers_of
 from .tied import TiedLinear
 
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # model types
+READ_BY_MAMBA = ("conv1d", "out_proj")  # layers whose weights the fused kernels of these read without a call
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Embedding: Embedding,
@@ -43,6 +45,7 @@ class LoraModel(BaseTuner):
     target_module_mapping = LORA_TARGETS
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
+        _check_mamba(self.model, path)
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
         if path in self._tied_targets and not isinstance(target, TiedLinear):
@@ -197,6 +200,16 @@ class LoraModel(BaseTuner):
         restore_mlps(model)
         ungroup_siblings(model)
         return model
+
+
+def _check_mamba(model: nn.Module, path: str) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in MAMBA and path.rpartition(".")[2] in READ_BY_MAMBA:
+        raise ValueError(
+            f"LoRA cannot adapt {path}: the fused kernels of {kind} use the weights of {' and '.join(READ_BY_MAMBA)} "
+            "without calling them, so the adapter would not run. Leave them out of target_modules, or use "
+            "exclude_modules"
+        )
 
 
 def _layer_class(target: nn.Module, path: str) -> Any:

@@ -8,6 +8,7 @@ from .linear_like import LinearLike
 from .mlp import set_lora_mlp
 from .model import LoraModel
 from .param_wrapper import ParamWrapper
+from .subconfigs import LoftQConfig
 
 __all__ = [
     "Conv1d",
@@ -16,6 +17,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "LinearLike",
+    "LoftQConfig",
     "LoraConfig",
     "LoraLayer",
     "LoraModel",

@@ -16,6 +16,8 @@ from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import HALF_DTYPES
 
+from . import initialisation
+
 
 class DoraLayer(nn.Module):
     """The magnitudes of one adapter."""
@@ -110,6 +112,10 @@ def initial_magnitude(layer: Any, name: str) -> Tensor:
     if A.is_meta:
         return torch.empty(B.shape[0], device="meta", dtype=weight.dtype)
     _check_at_hand(weight, A)
+    start = layer.starts.get(name)
+    if start is not None and start.changes_base:  # the base weight has not been changed yet
+        start.norms = torch.linalg.norm(start.merged(initialisation.rows_in_full(layer), layer.scaling[name]), dim=1)
+        return start.norms.to(weight.dtype)
     home, accelerator = weight.device, torch.accelerator.current_accelerator(check_available=True)
     if layer.ephemeral_gpu_offload and home.type == "cpu" and accelerator is not None:
         weight, A, B = (part.to(accelerator) for part in (weight, A, B))
@@ -127,8 +133,11 @@ def unround(layer: Any, name: str) -> None:
     """
     m, weight = layer.lora_magnitude_vector[name].weight, layer.rows_of_base()
     if m.dtype == torch.float32 and weight.dtype in HALF_DTYPES and not m.is_meta:
-        A, B = layer.dora_factors(name)
-        m.copy_(ops.merged_norms(weight, A, B, layer.scaling[name]).view(m.shape))
+        norms = layer.starts[name].norms if name in layer.starts else None
+        if norms is None:
+            A, B = layer.dora_factors(name)
+            norms = ops.merged_norms(weight, A, B, layer.scaling[name])
+        m.copy_(norms.view(m.shape))
 
 
 def forward(

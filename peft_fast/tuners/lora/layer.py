@@ -21,7 +21,7 @@ from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
-from . import dora
+from . import dora, initialisation
 from .config import LoraConfig
 
 
@@ -31,6 +31,7 @@ class LoraLayer(BaseTunerLayer):
     dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
     out_dim = 0  # of the base weight: along the out features
     ephemeral_gpu_offload = False  # see LoraRuntimeConfig
+    starts_from_weight = False  # whether initialisations that read the base weight are for it
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -51,6 +52,7 @@ class LoraLayer(BaseTunerLayer):
         self.lora_magnitude_vector = nn.ModuleDict()
         self._squares: tuple[Any, ...] | None = None  # of the base weight's rows, for DoRA: see kept_squares
         self.kept_norms: dict[str, tuple[Any, ...]] = {}  # by adapter, under DoraCaching
+        self.starts: dict[str, initialisation.Start] = {}  # by adapter, while it is being put in
         self._merged_factors: dict[str, Tensor] = {}  # of merged adapters with DoRA, by which the weight was multiplied
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
@@ -64,7 +66,9 @@ class LoraLayer(BaseTunerLayer):
         self.ephemeral_gpu_offload = config.runtime_config.ephemeral_gpu_offload
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.make_factors(adapter_name, r, config)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        start = initialisation.begin(self, adapter_name, config)
+        if start is not None:
+            self.starts[adapter_name] = start
         self.place_adapter(adapter_name)
         if config.use_dora:
             self.add_magnitude(adapter_name)
@@ -247,6 +251,7 @@ class Linear(LoraLayer):
     """
 
     dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
+    starts_from_weight = True
     group: Any = None  # with its siblings, while their parent's forward runs (groups.py)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):

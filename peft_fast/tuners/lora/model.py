@@ -1,11 +1,12 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from peft_fast.errors import NoMatchingPeftModuleError
 from peft_fast.renamed import renamed_keys
@@ -15,7 +16,7 @@ from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
 from peft_fast.tuners.targets import LORA_TARGETS
 
-from . import dora
+from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
@@ -164,10 +165,21 @@ class LoraModel(BaseTuner):
         for _, layer in self.layers():
             if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
                 layer.tie(adapter_name)
-            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
+            if not isinstance(layer, LoraLayer):
+                continue
+            if adapter_name in layer.starts:
+                initialisation.unround(layer, adapter_name, layer.starts[adapter_name])
+            if adapter_name in layer.lora_magnitude_vector:
                 dora.unround(layer, adapter_name)
+            layer.starts.pop(adapter_name, None)
         fuse_mlps(self.model)
         group_siblings(self.model)
+
+    def steps(self, paths: list[str], config: Any) -> Iterable[str]:
+        init = config.init_lora_weights
+        if not (isinstance(init, str) and initialisation.SLOW.match(init)):
+            return paths
+        return tqdm(paths, desc=f"initialising by {init}", unit="layer", disable=None, leave=False)
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:

@@ -1,0 +1,141 @@
+"""Rows of error_table.py: LoRA's initialisations, conversions, combinations and hot-swapping."""
+
+import torch
+from error_tools import Row
+from torch import nn
+
+BUILT = "built here for layers of few bits too"
+SVD = {"init_lora_weights": "pissa"}
+
+
+def loftq(library, **options):
+    return library.LoraConfig(target_modules=["q_proj"], init_lora_weights="loftq", **options)
+
+
+def with_nan(base):
+    base.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    return base
+
+
+STARTS = [
+    Row(
+        "an unknown start",
+        lambda l, t: t.model(l, init_lora_weights="zeros"),
+        ValueError,
+        "Unknown initialization",
+        ("init_lora_weights must be True, False, 'gaussian' or one of", "got 'zeros'"),
+    ),
+    Row(
+        "PiSSA without its number of iterations",
+        lambda l, t: t.model(l, init_lora_weights="pissa_niter"),
+        ValueError,
+        "should be 'pissa' or 'pissa_niter_",
+        ("init_lora_weights must be", "pissa_niter_<number>", "got 'pissa_niter'"),
+    ),
+    Row(
+        "LoftQ without its config",
+        lambda l, t: l.LoraConfig(init_lora_weights="loftq"),
+        (ValueError, ImportError),
+        "",
+        ("init_lora_weights='loftq' needs loftq_config", "LoftQConfig(loftq_bits=4)"),
+        ValueError,
+        why="peft asks for scipy first, which it does not use",
+    ),
+    Row(
+        "a LoftQ config without its start",
+        lambda l, t: l.LoraConfig(loftq_config={"loftq_bits": 4}),
+        UserWarning,
+        "ignored",
+        ("loftq_config is ignored",),
+    ),
+    Row(
+        "PiSSA of layers of 4 bits",
+        lambda l, t: t.model(l, t.llama_4bit(), **SVD),
+        TypeError,
+        "initialize PiSSA under float32",
+        silent=True,
+        why=BUILT,
+    ),
+    Row(
+        "an odd rank for the orthogonal start",
+        lambda l, t: t.model(l, r=3, init_lora_weights="orthogonal"),
+        ValueError,
+        "requires the LoRA rank to be even",
+        ("'orthogonal' needs an even rank", "got 3"),
+    ),
+    Row(
+        "PiSSA of a convolution",
+        lambda l, t: l.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3)), l.LoraConfig(target_modules=["0"], **SVD)),
+        ValueError,
+        "Unknown initialization",
+        ("'pissa' is for linear layers", "Conv2d", "leave it out of the targets"),
+    ),
+    Row(
+        "PiSSA of an embedding",
+        lambda l, t: t.model(l, target_modules=["embed_tokens"], **SVD),
+        None,
+        "",
+        ("'pissa' is for linear layers", "Embedding", "leave it out of the targets"),
+        ValueError,
+        why="peft starts embeddings plainly, without a word",
+    ),
+    Row(
+        "PiSSA of more ranks than the weight has",
+        lambda l, t: t.model(l, r=33, target_modules=["v_proj"], **SVD)(input_ids=torch.ones(1, 3, dtype=torch.long)),
+        None,
+        "",
+        ("needs a rank of at most 32", "got 33", "rank_pattern"),
+        ValueError,
+        why="peft gives the adapter fewer ranks than its config says",
+    ),
+    Row(
+        "OLoRA of a weight with NaN",
+        lambda l, t: t.model(l, with_nan(t.llama()), init_lora_weights="olora"),
+        None,
+        "",
+        ("'olora' decomposes the base weight", "inf or NaN"),
+        ValueError,
+        why="peft goes on with an adapter and a weight of NaN",
+    ),
+    Row(
+        "PiSSA with a scale of zero",
+        lambda l, t: t.model(l, lora_alpha=0, **SVD),
+        None,
+        "",
+        ("needs a scale above 0", "see lora_alpha"),
+        ValueError,
+        why="peft goes on with an adapter of infinities",
+    ),
+    Row(
+        "LoftQ in three bits",
+        lambda l, t: l.get_peft_model(t.llama(), loftq(l, loftq_config=l.LoftQConfig(loftq_bits=3))),
+        (ValueError, ImportError),
+        "",
+        ("loftq_bits must be 4 or 8", "got 3"),
+        ValueError,
+        why="peft asks for scipy first",
+    ),
+    Row(
+        "LoftQ's replacement in a dense model",
+        lambda l, t: l.replace_lora_weights_loftq(t.model(l), str(t.folder)),
+        (ValueError, FileNotFoundError),
+        "",
+        ("no k-bit linear layer has an adapter",),
+        ValueError,
+        why="peft looks for the files first",
+    ),
+    Row(
+        "LoftQ's replacement without the files",
+        lambda l, t: l.replace_lora_weights_loftq(t.model(l, t.llama_4bit()), f"{t.folder}/model.safetensors"),
+        OSError,
+        "Could not find file",
+        ("neither model.safetensors nor", "model_path must be the folder"),
+    ),
+    Row(
+        "rank-stabilised patterns with a start that cannot be converted then",
+        lambda l, t: l.LoraConfig(use_rslora=True, alpha_pattern={"q": 2}, **SVD),
+        UserWarning,
+        "path_initial_model_for_weight_conversion",
+        ("use_rslora", "cannot be saved as plain LoRA"),
+    ),
+]

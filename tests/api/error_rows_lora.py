@@ -139,3 +139,52 @@ STARTS = [
         ("use_rslora", "cannot be saved as plain LoRA"),
     ),
 ]
+
+
+def converted(model, folder, initial="initial", **options):
+    model.save_pretrained(folder / "initial")
+    return model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(folder / initial), **options)
+
+
+CONVERSIONS = [
+    Row(
+        "conversion with rank-stabilised patterns",
+        lambda l, t: converted(t.model(l, use_rslora=True, rank_pattern={"q_proj": 2}), t.folder),
+        ValueError,
+        "is not supported when",
+        ("cannot be used with use_rslora and rank_pattern or alpha_pattern", "leave it out"),
+    ),
+    Row(
+        "conversion from a folder that is not there",
+        lambda l, t: converted(t.model(l, **SVD), t.folder, "nowhere"),
+        (ValueError, OSError),
+        "",
+        ("must be the folder of the adapter as it was before training", "nowhere"),
+        ValueError,
+        why="peft writes a config to it and then fails",
+    ),
+    Row(
+        "conversion from an adapter of another rank",
+        lambda l, t: _from_another(l, t),
+        None,
+        "",
+        ("the initial adapter must be this adapter before training", "is (4, 64)", "has (2, 64)"),
+        ValueError,
+        why="peft writes a file that does not fit its config",
+    ),
+    Row(
+        "conversion of a start that is not in the base weights",
+        lambda l, t: converted(t.model(l, init_lora_weights=False), t.folder),
+        None,
+        "",
+        ("start as nothing or as a part of the base weight", "is False", "leave it out"),
+        ValueError,
+        why="what peft writes lacks what the adapter started with",
+    ),
+]
+
+
+def _from_another(library, tools):
+    tools.model(library, r=2).save_pretrained(tools.folder / "initial")
+    model = tools.model(library, **SVD)
+    return model.save_pretrained(tools.folder, path_initial_model_for_weight_conversion=f"{tools.folder}/initial")

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from peft_fast.adapter_file import PREFIX
 from peft_fast.errors import NoMatchingPeftModuleError
 from peft_fast.renamed import renamed_keys
 from peft_fast.tuners.base import BaseTuner
@@ -20,6 +21,7 @@ from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
+from .conversion import difference
 from .embedding import Embedding
 from .groups import group_siblings, ungroup_siblings
 from .joined_experts import joined_experts
@@ -192,6 +194,16 @@ class LoraModel(BaseTuner):
                 "adapter cannot be merged",
                 stacklevel=4,
             )
+
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors less those of `adapter_name`, the same adapter before training, under a file's keys: a
+        plain adapter of twice the rank. `save_pretrained` does so by itself. `kwargs`: {"state_dict": ...}, where the
+        values of `adapter_name` are to be taken from."""
+        tensors = (kwargs or {}).get("state_dict") or dict(self.named_parameters())
+        keys = self.state_keys(adapter_name)
+        return difference(output_state_dict, {PREFIX + key: tensors[f"model.{name}"] for key, name in keys.items()})
 
     def merge_to_16bit(
         self,

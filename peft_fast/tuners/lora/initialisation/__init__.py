@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.transaction import at_end
-from peft_fast.tuners.base_weight import can_hold
+from peft_fast.tuners.base_weight import can_hold, check_writable
 from peft_fast.tuners.offload import onloaded
 
 from .loftq import loftq
@@ -111,6 +111,8 @@ def _check(layer: Any, name: str) -> None:
             "init_lora_weights='loftq' quantises the base weight itself, and this one has few bits already: load the "
             "model unquantised, or use the default start and then replace_lora_weights_loftq"
         )
+    if changes_base(name):
+        check_writable(layer.get_base_layer(), layer.weight_name)
     if layer.merged and changes_base(name):
         raise ValueError(
             f"init_lora_weights={name!r} changes the base weights, and adapters {layer.merged_adapters} are merged "
@@ -134,8 +136,10 @@ def _check_numbers(weight: Tensor, name: str, r: int, scale: float) -> None:
 
 def _check_result(layer: Any, name: str, start: Start, scale: float) -> None:
     fits = bool(start.A.isfinite().all()) and bool(start.B.isfinite().all())
-    if fits and start.subtracted:
-        rows = start.changed(rows_in_full(layer), scale)
+    weight = layer.base_weight()
+    if fits and start.subtracted and (isinstance(weight, QuantizedWeight) or weight.dtype == torch.float16):
+        rows = rows_in_full(layer)  # of these a copy; other dtypes reach as far as fp32
+        start.take_from(rows, scale)
         fits = can_hold(layer.get_base_layer(), rows.t() if layer.out_dim else rows)
     if not fits:
         raise ValueError(f"init_lora_weights={name!r} gives values that the base weight's dtype cannot hold")

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from peft_fast import ops
+from peft_fast.quant.bitsandbytes import forget_codes
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import clone, set_base_weight, set_quantized_weight
 from peft_fast.tuners.offload import onloaded
+
+ROWS_AT_ONCE = 1 << 20  # elements: 4 MiB of fp32
 
 
 @dataclass
@@ -37,11 +40,19 @@ class Start:
         base = weight if self.replaced is None else ops.dequantize(self.replaced, weight.dtype)
         return base + (scale * self.B @ self.A).to(weight)
 
-    def changed(self, weight: Tensor, scale: float) -> Tensor:
-        """What becomes of the base weight [N, K], unrounded."""
-        if self.replaced is not None:
-            return ops.dequantize(self.replaced, weight.dtype).to(weight.device)
-        return weight - (scale * self.B @ self.A).to(weight.device)
+    def take_from(self, weight: Tensor, scale: float) -> None:
+        """weight [N, K] -= scale * B A, in place and rounded once; with `scale` negative it is put back.
+
+        Rows by rows: the fp32 of a 16-bit weight never reaches the size of the weight.
+        """
+        A, B = self.A.to(weight.device), self.B.to(weight.device)
+        if weight.dtype == A.dtype:
+            weight.addmm_(B, A, alpha=-scale)
+            return
+        step = max(1, ROWS_AT_ONCE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            weight[rows] = torch.addmm(weight[rows].to(A.dtype), B[rows], A, alpha=-scale)
 
 
 class Change:
@@ -56,13 +67,21 @@ class Change:
         base = self.layer.get_base_layer()
         with onloaded(base, changed=True):
             weight = self.layer.base_weight()
-            if isinstance(weight, QuantizedWeight):
+            if self.start.replaced is not None:
+                self.before = weight.detach().to("cpu", copy=True)
+                self._set(ops.dequantize(self.start.replaced, torch.float32))
+            elif isinstance(weight, QuantizedWeight):
                 self.before = clone(weight)
-            elif self.start.replaced is not None:
-                self.before = weight.detach().cpu() if weight.device.type != "cpu" else weight.detach().clone()
-            rows = self.start.changed(rows_in_full(self.layer), self.scale)
-            set_base_weight(base, rows.t() if self.layer.out_dim else rows)
+                rows = rows_in_full(self.layer)
+                self.start.take_from(rows, self.scale)
+                self._set(rows)
+            else:
+                self.start.take_from(self.layer.rows_of_base().data, self.scale)
+                forget_codes(base)
         self.layer.base_changed()
+
+    def _set(self, rows: Tensor) -> None:
+        set_base_weight(self.layer.get_base_layer(), rows.t() if self.layer.out_dim else rows)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -74,9 +93,8 @@ class Change:
             elif self.before is not None:
                 set_base_weight(base, self.before)
             else:
-                delta = (self.scale * self.start.B @ self.start.A).to(self.layer.base_weight().device)
-                rows = rows_in_full(self.layer) + delta
-                set_base_weight(base, rows.t() if self.layer.out_dim else rows)
+                self.start.take_from(self.layer.rows_of_base().data, -self.scale)
+                forget_codes(base)
         self.layer.base_changed()
 
 

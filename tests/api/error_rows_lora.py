@@ -188,3 +188,142 @@ def _from_another(library, tools):
     tools.model(library, r=2).save_pretrained(tools.folder / "initial")
     model = tools.model(library, **SVD)
     return model.save_pretrained(tools.folder, path_initial_model_for_weight_conversion=f"{tools.folder}/initial")
+
+
+def combine(library, tools, kind="svd", adapters=("default", "other"), weights=(1.0, 1.0), model=None, **options):
+    """Of adapters of ranks 4 and 2, unless there is a `model`."""
+    model = tools.two(library) if model is None else model
+    return model.add_weighted_adapter(list(adapters), list(weights), "new", combination_type=kind, **options)
+
+
+def both(library, tools, **options):
+    """A model with two adapters of one rank and of the same options."""
+    model = tools.model(library, **options)
+    model.add_adapter("other", library.LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj"], **options}))
+    return model
+
+
+SILENTLY = "peft makes an adapter that is something else, without a word"
+
+COMBINATIONS = [
+    Row(
+        "combining an adapter that is not there",
+        lambda l, t: combine(l, t, adapters=("default", "zzz")),
+        ValueError,
+        "does not exist",
+        ("adapter 'zzz' does not exist", "there are"),
+    ),
+    Row(
+        "combining in a way that is none",
+        lambda l, t: combine(l, t, "mean"),
+        ValueError,
+        "Invalid combination_type",
+        ("combination_type must be one of", "got 'mean'"),
+    ),
+    Row(
+        "adding up adapters of different ranks",
+        lambda l, t: combine(l, t, "linear"),
+        ValueError,
+        "must have the same r",
+        ("needs adapters of the same rank", "'other': 2", "use 'svd' or 'cat'"),
+    ),
+    Row(
+        "combining nothing",
+        lambda l, t: combine(l, t, adapters=(), weights=()),
+        ValueError,
+        "",
+        ("adapters must name one adapter at least",),
+    ),
+    Row(
+        "fewer weights than adapters",
+        lambda l, t: combine(l, t, weights=(1.0,)),
+        None,
+        "",
+        ("a weight for each adapter", "got 2 and 1"),
+        ValueError,
+        why=SILENTLY,
+    ),
+    Row(
+        "TIES without a density",
+        lambda l, t: combine(l, t, "ties", model=both(l, t)),
+        TypeError,
+        "not supported between instances",
+        ("'ties' needs density", "got None"),
+        ValueError,
+        why="an option is missing, not of the wrong type",
+    ),
+    Row(
+        "TIES with a negative density",
+        lambda l, t: combine(l, t, "ties", model=both(l, t), density=-0.5),
+        ValueError,
+        "should be >= 0",
+        ("needs density, the share that is kept", "got -0.5"),
+    ),
+    Row(
+        "TIES with a density of 1",
+        lambda l, t: combine(l, t, "ties", model=both(l, t), density=1.0),
+        UserWarning,
+        "no pruning",
+        ("from 1 on nothing is pruned",),
+    ),
+    Row(
+        "TIES with another way of finding the majority",
+        lambda l, t: combine(l, t, "ties", model=both(l, t), density=0.5, majority_sign_method="mean"),
+        RuntimeError,
+        "Unimplemented mask method",
+        ("majority_sign_method must be 'total' or 'frequency'", "got 'mean'"),
+        ValueError,
+        why="the value of an option is wrong",
+    ),
+    Row(
+        "combining whole modules",
+        lambda l, t: combine(l, t, model=both(l, t, modules_to_save=["lm_head"])),
+        ValueError,
+        "Cannot add weighted adapters",
+        ("whole modules cannot be combined", "lm_head", "leave out all of them but one"),
+    ),
+    Row(
+        "combining adapters of a list and of an expression of targets",
+        lambda l, t: combine(l, t, model=_of_two_kinds(l, t)),
+        ValueError,
+        "should follow the same target modules type",
+        ("target_modules must be lists for all of them, or expressions",),
+    ),
+    Row(
+        "combining into a name that is taken",
+        lambda l, t: t.two(l).add_weighted_adapter(["default"], [1.0], "other"),
+        None,
+        "",
+        ("'other' exists already and stays as it is",),
+        UserWarning,
+        why="peft does nothing, without a word",
+    ),
+    Row(
+        "combining DoRA adapters",
+        lambda l, t: combine(l, t, model=both(l, t, use_dora=True)),
+        None,
+        "",
+        ("does not combine use_dora", "leave it out"),
+        ValueError,
+        why=SILENTLY,
+    ),
+    Row(
+        "combining tokens' rows",
+        lambda l, t: combine(l, t, adapters=["default"], weights=[1.0], model=_with_tokens(l, t)),
+        None,
+        "",
+        ("does not combine trainable_token_indices", "leave it out"),
+        ValueError,
+        why=SILENTLY,
+    ),
+]
+
+
+def _of_two_kinds(library, tools):
+    model = tools.model(library)
+    model.add_adapter("other", library.LoraConfig(r=4, target_modules=".*q_proj"))
+    return model
+
+
+def _with_tokens(library, tools):
+    return tools.model(library, trainable_token_indices=[1, 2])

@@ -6,7 +6,7 @@ Methods, layers and options that are not built here yet are refused by name: NOT
 
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_life import LIFE
-from error_rows_lora import CONVERSIONS, STARTS
+from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
 from error_rows_parameters import PARAMETERS
 from error_rows_tokens import TOKENS
@@ -17,6 +17,7 @@ TABLE: dict[str, list[Row]] = {
     "Making adapters": MAKING,
     "Initialisations": STARTS,
     "Conversion": CONVERSIONS,
+    "Combination": COMBINATIONS,
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
     "Their life": LIFE,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
+from peft_fast.tuners.names import list_of_names
 from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
+from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
 from .conversion import difference
@@ -194,6 +196,38 @@ class LoraModel(BaseTuner):
                 "adapter cannot be merged",
                 stacklevel=4,
             )
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add a new adapter, neither active nor trained, made of `adapters` with these `weights`, also negative ones.
+
+        combination_type: "svd" (the best of rank `svd_rank`, default the largest of the adapters', for the weighted sum
+          of what they add), "cat" (that sum exactly, with the sum of the ranks), "linear" (A's and B's are added up: of
+          adapters that were trained apart, a rough approximation), "ties", "dare_linear", "dare_ties" and
+          "magnitude_prune" (likewise, pruned to a share `density` first), and the last four with "_svd" (the products
+          are combined, not the factors). One adapter alone is always "linear". See utils/merge_utils.py.
+        svd_clamp: a quantile of the factors' values, beyond which they are clamped. svd_driver: torch.linalg.svd's, on
+          CUDA. svd_full_matrices has no effect: only the first svd_rank vectors are used, and no others are computed.
+        majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+        Raises ValueError, and leaves the model as it was, for adapters that cannot be combined. One layer's product is
+        in memory at a time. An adapter of this name that is there already stays as it is, with a warning.
+        """
+        wanted = Combination(
+            list(list_of_names("adapters", adapters)), list(weights), combination_type, svd_rank, svd_clamp, svd_driver,
+            density, majority_sign_method,
+        )  # fmt: skip
+        add_weighted_adapter(self, adapter_name, wanted)
 
     def subtract_mutated_init(
         self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Any = None

@@ -5,6 +5,7 @@ Methods, layers and options that are not built here yet are refused by name: NOT
 """
 
 from error_rows_files import AUTO, LOADING, SAVING
+from error_rows_hotswap import HOTSWAP
 from error_rows_life import LIFE
 from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
@@ -18,6 +19,7 @@ TABLE: dict[str, list[Row]] = {
     "Initialisations": STARTS,
     "Conversion": CONVERSIONS,
     "Combination": COMBINATIONS,
+    "Hot-swapping": HOTSWAP,
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
     "Their life": LIFE,

@@ -69,6 +69,10 @@ NAMES = {
         "prepare_model_for_kbit_training", "AuxiliaryTrainingWrapper", "TrainableTokensWrapper",
         "fsdp_auto_wrap_policy", "infer_device", "shift_tokens_right", "transpose",
     ],
+    ".utils.hotswap": [
+        "check_hotswap_configs_compatible", "hotswap_adapter", "hotswap_adapter_from_state_dict",
+        "prepare_model_for_compiled_hotswap",
+    ],
     ".utils.loftq_utils": ["replace_lora_weights_loftq"],
     ".utils.merge_utils": [
         "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning",

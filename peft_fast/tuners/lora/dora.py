@@ -17,6 +17,7 @@ from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import HALF_DTYPES
 
 from . import initialisation
+from .scales import folded
 
 
 class DoraLayer(nn.Module):
@@ -83,17 +84,19 @@ def factor(layer: Any, name: str) -> Tensor:
 
 
 def _norms(layer: Any, name: str) -> Tensor:
-    (A, B), scale, weight = layer.dora_factors(name), layer.scaling[name], layer.rows_of_base()
+    (A, B), weight = layer.dora_factors(name), layer.rows_of_base()
+    scale = layer.scaling[name]
     _check_at_hand(weight, A)
     squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
+    now = (A._version, B._version, float(scale)) if caching else None
     if caching and name in layer.kept_norms:
         of_squares, key, norms = layer.kept_norms[name]
-        if of_squares is squares and key == (A._version, B._version, scale):
+        if of_squares is squares and key == now:
             return norms
-    norms = ops.merged_norms(weight, A, B, scale, squares, layer.backend)
+    norms = ops.merged_norms(weight, A, *folded(B, scale), squares, layer.backend)
     if caching:
-        layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
+        layer.kept_norms[name] = (squares, now, norms)
     return norms
 
 
@@ -122,7 +125,7 @@ def initial_magnitude(layer: Any, name: str) -> Tensor:
     if not bool(A.any()) or not bool(B.any()):
         dense = weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight)
         return torch.linalg.norm(dense, dim=1).to(home)
-    return ops.merged_norms(weight, A, B, layer.scaling[name]).to(home, weight.dtype)
+    return ops.merged_norms(weight, A, *folded(B, layer.scaling[name])).to(home, weight.dtype)
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def unround(layer: Any, name: str) -> None:
         norms = layer.starts[name].norms if name in layer.starts else None
         if norms is None:
             A, B = layer.dora_factors(name)
-            norms = ops.merged_norms(weight, A, B, layer.scaling[name])
+            norms = ops.merged_norms(weight, A, *folded(B, layer.scaling[name]))
         m.copy_(norms.view(m.shape))
 
 

@@ -23,6 +23,7 @@ from peft_fast.tuners.layer import BaseTunerLayer
 
 from . import dora, initialisation
 from .config import LoraConfig
+from .scales import checked_factor, folded
 
 
 class LoraLayer(BaseTunerLayer):
@@ -40,7 +41,7 @@ class LoraLayer(BaseTunerLayer):
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}  # a number, or a tensor: see scales.py
         self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -220,7 +221,11 @@ class LoraLayer(BaseTunerLayer):
 
     def _set_scales(self, scales: dict[str, float]) -> None:
         self._check_unmerged(name for name, scale in scales.items() if scale != self.scaling[name])
-        self.scaling.update(scales)
+        for name, scale in scales.items():
+            if isinstance(self.scaling[name], Tensor):
+                self.scaling[name].fill_(scale)
+            else:
+                self.scaling[name] = scale
 
     def _check_unmerged(self, adapters: Iterable[str]) -> None:
         merged = [name for name in adapters if name in self.merged_adapters]
@@ -325,14 +330,12 @@ class Linear(LoraLayer):
     ) -> Tensor:
         """W x + scale * B A x, without a bias or dropout."""
         A, B = self.factors(name)
-        scale = self.scaling[name]
+        up, scale = folded(B.weight, self.scaling[name])
         if weight is not None:
-            return ops.lora_linear(x, weight, A.weight, B.weight, scale, backend=self.backend)
+            return ops.lora_linear(x, weight, A.weight, up, scale, backend=self.backend)
         y = self.base_layer(x, *args, **kwargs)
         y = y if self.bias is None else y - self.bias
-        return ops.lora_up_add(
-            y, ops.lora_down(x, A.weight, backend=self.backend), B.weight, scale, backend=self.backend
-        )
+        return ops.lora_up_add(y, ops.lora_down(x, A.weight, backend=self.backend), up, scale, backend=self.backend)
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
@@ -366,7 +369,7 @@ class Linear(LoraLayer):
         bias, extra = self.bias, None if B.bias is None else self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], self.dropout_p(name), key)
+        return ops.Projection(weight, bias, A.weight, *folded(B.weight, self.scaling[name]), self.dropout_p(name), key)
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
         """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
@@ -384,17 +387,10 @@ class Linear(LoraLayer):
         for name in names:
             A, B = self.factors(name)
             s = ops.lora_down(x, A.weight, backend=self.backend, **self._dropout(name, x))
-            y = ops.lora_up_add(y, s, B.weight, self.scaling[name], self.get_delta_bias(name), backend=self.backend)
+            up, scale = folded(B.weight, self.scaling[name])
+            y = ops.lora_up_add(y, s, up, scale, self.get_delta_bias(name), backend=self.backend)
         return y
 
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
-
-
-def checked_factor(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return value

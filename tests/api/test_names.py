@@ -42,6 +42,7 @@ NAMES = {
         "inject_adapter_in_model",
     ],
     ".mapping_func": ["get_peft_model"],
+    ".optimizers": ["create_loraplus_optimizer"],
     ".peft_model": [
         *(name for name in MODELS if name.startswith("Peft")), "TunerLayerStatus", "TunerModelStatus",
         "get_layer_status", "get_model_status",

@@ -41,7 +41,7 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import LoraConfig, LoraModel
-from .tuners.lora import LoftQConfig, LoraRuntimeConfig, set_lora_groups, set_lora_mlp
+from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
 from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "NoMatchingPeftModuleError",
@@ -85,6 +86,7 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
     "quantize_linear_layers",
     "replace_lora_weights_loftq",
     "set_base_model_state_dict",

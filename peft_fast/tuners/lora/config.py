@@ -17,14 +17,12 @@ from peft_fast.config import PeftConfig
 from peft_fast.peft_types import PeftType
 
 from . import initialisation
-from .subconfigs import LoftQConfig
+from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
 
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
     "eva_config",
-    "corda_config",
-    "lora_ga_config",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
@@ -35,7 +33,7 @@ NOT_BUILT = (
     "arrow_config",
     "kasa_config",
 )
-INITS_NOT_BUILT = ("eva", "corda", "mica", "lora_ga")
+INITS_NOT_BUILT = ("eva", "mica")
 
 
 @dataclass
@@ -66,8 +64,10 @@ class LoraConfig(PeftConfig):
       "pissa" (the weight's largest singular values and vectors, arXiv 2404.02948), "pissa_niter_16" (the same by a
       randomised SVD of so many iterations: much faster) and "olora" (its QR decomposition, arXiv 2406.01775), which
       take the adapter's part out of the base weight; "orthogonal" (random halves of one basis, whose product is zero;
-      r is even); "loftq" (factors that make up for quantisation, arXiv 2310.08659, with loftq_config).
-    loftq_config: a LoftQConfig, or a dict of its options.
+      r is even); "loftq" (factors that make up for quantisation, arXiv 2310.08659, with loftq_config); "corda" (what
+      sample data need of the weight, arXiv 2406.05223, after preprocess_corda) and "lora_ga" (its gradient, arXiv
+      2407.05000, after preprocess_loraga), which take their part out of the base weight too.
+    loftq_config, corda_config, lora_ga_config: a LoftQConfig, ..., or a dict of its options.
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     target_parameters: names of parameters of modules that are no layers (the whole path or its end), such as the 3-d
@@ -147,6 +147,13 @@ class LoraConfig(PeftConfig):
         if self.loftq_config and self.init_lora_weights != "loftq":
             warnings.warn("loftq_config is ignored: init_lora_weights is not 'loftq'", stacklevel=3)
             self.loftq_config = {}
+        self.corda_config = made("corda_config", self.corda_config, CordaConfig)
+        self.lora_ga_config = made("lora_ga_config", self.lora_ga_config, LoraGAConfig)
+        if self.init_lora_weights == "corda" and self.corda_config is None:
+            warnings.warn("init_lora_weights='corda' without corda_config: its defaults are taken", stacklevel=3)
+            self.corda_config = CordaConfig()
+        if self.init_lora_weights != "corda" and self.corda_config is not None:
+            warnings.warn("corda_config is ignored: init_lora_weights is not 'corda'", stacklevel=3)
         self.check()
         if (
             self.use_rslora

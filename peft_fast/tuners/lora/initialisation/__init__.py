@@ -6,6 +6,7 @@ some layer, or in a file that is being loaded, leaves all of them as they were.
 """
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from peft_fast.transaction import at_end
 from peft_fast.tuners.base_weight import can_hold, check_writable
 from peft_fast.tuners.offload import onloaded
 
+from .corda import corda
 from .loftq import loftq
+from .lora_ga import GRADIENT, lora_ga
 from .olora import olora
 from .orthogonal import orthogonal
 from .pissa import pissa, pissa_niter
 from .start import Change, Start, rows_in_full
 
-NAMES = ("pissa", "pissa_niter_<number>", "olora", "orthogonal", "loftq")
-SLOW = re.compile("pissa|olora|loftq")  # a decomposition a layer: worth a progress bar
+NAMES = ("pissa", "pissa_niter_<number>", "olora", "orthogonal", "loftq", "corda", "lora_ga")
+SLOW = re.compile("pissa|olora|loftq|lora_ga")  # a decomposition a layer: worth a progress bar
 NITER = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -64,6 +67,9 @@ def begin(layer: Any, adapter_name: str, config: Any) -> Start | None:
     A, B = layer.factors(adapter_name)
     if A.weight.is_meta and not changes_base(name):  # a file will be loaded over them
         return None
+    if name == "lora_ga" and not hasattr(layer.get_base_layer(), GRADIENT):
+        _plainly(layer, adapter_name)
+        return None
     with onloaded(layer.get_base_layer()), torch.device("cpu"):
         start = _made(layer, name, adapter_name, config)
     if not A.weight.is_meta:
@@ -73,6 +79,18 @@ def begin(layer: Any, adapter_name: str, config: Any) -> Start | None:
         change = Change(layer, start, layer.scaling[adapter_name])
         at_end(change.write, change.undo)
     return start
+
+
+def _plainly(layer: Any, adapter_name: str) -> None:
+    """LoRA-GA without a gradient: when a file is loaded, or by mistake."""
+    warnings.warn(
+        "init_lora_weights='lora_ga' starts from gradients, and preprocess_loraga has left none at these layers: the "
+        "adapter starts plainly, and nothing is taken out of the base weights. If a file is loaded now, it has to be "
+        "one that was saved with path_initial_model_for_weight_conversion",
+        stacklevel=2,
+    )
+    if not layer.lora_A[adapter_name].weight.is_meta:
+        layer.reset_lora_parameters(adapter_name, True)
 
 
 def unround(layer: Any, adapter_name: str, start: Start) -> None:
@@ -91,6 +109,10 @@ def _made(layer: Any, name: str, adapter_name: str, config: Any) -> Start:
         weight = weight.to(torch.accelerator.current_accelerator(check_available=True) or home)
     if name == "loftq":
         start = loftq(weight, r, scale, config.loftq_config)
+    elif name == "corda":
+        start = corda(layer.get_base_layer(), weight, r, scale)
+    elif name == "lora_ga":
+        start = lora_ga(layer.get_base_layer(), weight, r, scale, config.lora_ga_config, bool(layer.out_dim))
     elif niter := NITER.fullmatch(name):
         start = pissa_niter(weight, r, scale, int(niter[1]))
     else:

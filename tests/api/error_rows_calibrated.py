@@ -1,4 +1,4 @@
-"""Rows of error_table.py: starts from sample data."""
+"""Rows of error_table.py: starts from sample data, and layers that are there several times."""
 
 from error_tools import Row
 
@@ -76,5 +76,45 @@ CALIBRATED = [
         TypeError,
         "must be a",
         ("lora_ga_config must be a LoraGAConfig, or a dict", "got 3"),
+    ),
+]
+
+
+REPLICATED = {"layer_replication": [[0, 2], [0, 2]]}
+
+REPLICATIONS = [
+    Row(
+        "replicating layers of a model without a list of them",
+        lambda l, t: t.bare(l, **REPLICATED),
+        ValueError,
+        "Could not locate the layers",
+        ("needs a model with its layers in a ModuleList", "Sequential has none"),
+    ),
+    Row(
+        "replicating layers that are not there",
+        lambda l, t: t.model(l, layer_replication=[[0, 9]]),
+        IndexError,
+        "out of range",
+        ("layer_replication [0, 9] goes beyond the 2 layers",),
+        ValueError,
+        why="the value of an option is wrong",
+    ),
+    Row(
+        "merging into replicated layers",
+        lambda l, t: t.model(l, **REPLICATED).merge_adapter(),
+        None,
+        "",
+        ("cannot be merged into replicated layers", "keep them unmerged"),
+        ValueError,
+        why="peft merges the adapters of all replicas into the one weight, without a word",
+    ),
+    Row(
+        "PiSSA of replicated layers",
+        lambda l, t: t.model(l, init_lora_weights="pissa", **REPLICATED),
+        None,
+        "",
+        ("changes the base weights, which replicated layers share",),
+        ValueError,
+        why="peft takes the adapters of all replicas out of the one weight, without a word",
     ),
 ]

@@ -4,7 +4,7 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
-from error_rows_calibrated import CALIBRATED
+from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
 from error_rows_life import LIFE
@@ -19,6 +19,7 @@ TABLE: dict[str, list[Row]] = {
     "Making adapters": MAKING,
     "Initialisations": STARTS,
     "Starts from sample data": CALIBRATED,
+    "Replicated layers": REPLICATIONS,
     "Conversion": CONVERSIONS,
     "Combination": COMBINATIONS,
     "Hot-swapping": HOTSWAP,

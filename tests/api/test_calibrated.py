@@ -222,12 +222,19 @@ class TestLoraGA:
         base = llama().eval()
         frozen = base.model.embed_tokens.weight.requires_grad_(False)
         base.lm_head.weight.grad = kept = torch.ones_like(base.lm_head.weight)
+        weight = base.model.layers[0].self_attn.q_proj.weight
+        weight.grad = own = torch.ones_like(weight)
         with untouched(base):
             peft_fast.preprocess_loraga(base, lora_ga_config(peft_fast), stepping(base))
+            found = base.model.layers[0].self_attn.q_proj._peft_loraga_grad
             for module in base.modules():
                 vars(module).pop("_peft_loraga_grad", None)
         assert base.lm_head.weight.grad is kept
-        assert base.model.layers[0].self_attn.q_proj.weight.grad is None
+        assert weight.grad is own
+        fresh = llama()
+        peft_fast.preprocess_loraga(fresh, lora_ga_config(peft_fast), stepping(fresh))
+        torch.testing.assert_close(found, fresh.model.layers[0].self_attn.q_proj._peft_loraga_grad)
+        assert fresh.model.layers[0].self_attn.q_proj.weight.grad is None
         assert not frozen.requires_grad
         assert not any(module._backward_hooks for module in base.modules())
 

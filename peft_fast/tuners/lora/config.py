@@ -28,7 +28,6 @@ NOT_BUILT = (
     "use_qalora",
     "qalora_group_size",
     "monteclora_config",
-    "layer_replication",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -69,6 +68,8 @@ class LoraConfig(PeftConfig):
       2407.05000, after preprocess_loraga), which take their part out of the base weight too.
     loftq_config, corda_config, lora_ga_config: a LoftQConfig, ..., or a dict of its options.
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
+    layer_replication: [[0, 4], [2, 5]] makes of five layers 0, 1, 2, 3, 2, 3, 4, in the weights that are there, each
+      with adapters of its own. Of the first adapter of a model; nothing can be merged then.
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     target_parameters: names of parameters of modules that are no layers (the whole path or its end), such as the 3-d
       ones of experts. Not with lora_dropout, lora_bias, use_dora. Names of experts' layers in target_modules become
@@ -214,6 +215,13 @@ class LoraConfig(PeftConfig):
             raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.layer_replication:
+            _check_replication(self.layer_replication)
+            if initialisation.changes_base(self.init_lora_weights):
+                raise ValueError(
+                    f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which replicated layers "
+                    "share: leave it out, or layer_replication"
+                )
         if self.init_lora_weights == "loftq":
             _check_loftq(self.loftq_config)
 
@@ -235,6 +243,15 @@ def _check_built(config: LoraConfig) -> None:
             f"'gaussian', {', '.join(initialisation.NAMES)}"
         )
     initialisation.method_of(init)
+
+
+def _check_replication(ranges: Any) -> None:
+    fits = isinstance(ranges, (list, tuple)) and all(
+        isinstance(one, (list, tuple)) and len(one) == 2 and _are_indices(list(one)) and 0 <= one[0] < one[1]
+        for one in ranges
+    )
+    if not fits:
+        raise ValueError(f"layer_replication must be a list of [first layer, layer after the last], got {ranges!r}")
 
 
 def _check_loftq(options: Any) -> None:

@@ -1,7 +1,8 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 from .moe import converted
 from .param_wrapper import ParamWrapper, wrappers_of
+from .replication import Replication, replicate_layers
 from .tied import TiedLinear
 
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
@@ -46,6 +48,7 @@ OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
 class LoraModel(BaseTuner):
     prefix = "lora_"
     target_module_mapping = LORA_TARGETS
+    replication: Replication | None = None
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
         r = by_pattern(config.rank_pattern, path, config.r)
@@ -162,7 +165,8 @@ class LoraModel(BaseTuner):
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         given, config = config, converted(self.model, config)
-        super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        with self._replicated(config):
+            super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
@@ -178,6 +182,40 @@ class LoraModel(BaseTuner):
             layer.starts.pop(adapter_name, None)
         fuse_mlps(self.model)
         group_siblings(self.model)
+
+    @contextmanager
+    def _replicated(self, config: Any) -> Iterator[None]:
+        """With the layers that the config wants to be there several times; as it was again if the block raises."""
+        wanted = config.layer_replication and [list(one) for one in config.layer_replication]
+        there = self.replication.ranges if self.replication is not None else None
+        if not wanted or wanted == there:
+            yield
+            return
+        if there is not None or self.peft_config:
+            raise ValueError(
+                f"layer_replication must be the first adapter's, {there}, got {wanted}: the layers of a model with "
+                "adapters stay as they are"
+            )
+        config.check()
+        done = replicate_layers(self.model, wanted)
+        try:
+            self.replication = done
+            yield
+        except BaseException:
+            self.replication = None
+            done.undo()
+            raise
+
+    def _merge(self, adapter_names: Any, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
+        self._refuse_to_merge_replicas()
+        super()._merge(adapter_names, safe_merge, progressbar, undoable)
+
+    def _refuse_to_merge_replicas(self) -> None:
+        if self.replication is not None:
+            raise ValueError(
+                "adapters cannot be merged into replicated layers (layer_replication), which share their weights: keep "
+                "them unmerged"
+            )
 
     def steps(self, paths: list[str], config: Any) -> Iterable[str]:
         init = config.init_lora_weights
@@ -245,6 +283,7 @@ class LoraModel(BaseTuner):
         adapter_names: Sequence[str] | None = None,
         progressbar: bool = True,
     ) -> nn.Module:
+        self._refuse_to_merge_replicas()
         model = super().merge_to_16bit(dtype, adapter_names, progressbar)
         restore_mlps(model)
         ungroup_siblings(model)
@@ -254,6 +293,9 @@ class LoraModel(BaseTuner):
         model = super()._unload(with_copies_of)
         restore_mlps(model)
         ungroup_siblings(model)
+        if self.replication is not None:
+            self.replication.undo()
+            self.replication = None
         return model
 
 

@@ -30,7 +30,7 @@ STARTS = [
         lambda l, t: t.model(l, init_lora_weights="pissa_niter"),
         ValueError,
         "should be 'pissa' or 'pissa_niter_",
-        ("init_lora_weights must be", "pissa_niter_<number>", "got 'pissa_niter'"),
+        ("init_lora_weights must be", "pissa_niter_<0 to 999>", "got 'pissa_niter'"),
     ),
     Row(
         "LoftQ without its config",

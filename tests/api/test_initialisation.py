@@ -283,6 +283,7 @@ def test_a_merged_model_refuses(llama, untouched):
     ("more", "message"),
     [
         ({"init_lora_weights": "pissa_niter_x"}, "must be True, .* one of pissa, .* got 'pissa_niter_x'"),
+        ({"init_lora_weights": "pissa_niter_99999"}, "pissa_niter_<0 to 999>, .* got 'pissa_niter_99999'"),
         ({"init_lora_weights": 3}, "got 3"),
         ({"init_lora_weights": None}, "got None"),
     ],

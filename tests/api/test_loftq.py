@@ -95,8 +95,8 @@ def test_a_scale_that_is_not_one_is_warned_of(llama):
     [
         ({}, ValueError, "needs loftq_config"),
         ({"loftq_bits": 3}, ValueError, "loftq_bits must be 4 or 8, got 3"),
-        ({"loftq_iter": 0}, ValueError, "loftq_iter must be a positive integer, got 0"),
-        ({"loftq_iter": True}, ValueError, "loftq_iter must be a positive integer, got True"),
+        ({"loftq_iter": 0}, ValueError, "loftq_iter must be an integer from 1 to 999, got 0"),
+        ({"loftq_iter": True}, ValueError, "loftq_iter must be an integer from 1 to 999, got True"),
         ({"bits": 4}, TypeError, r"has loftq_bits and loftq_iter, got \['bits'\] too"),
         ([4], TypeError, "must be a LoftQConfig or a dict"),
     ],

@@ -1,5 +1,7 @@
 """layer_replication: layers that are there several times, in one weight, with adapters of their own."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -147,3 +149,12 @@ def test_bad_ranges(ranges):
 def test_starts_that_change_shared_weights_are_refused():
     with pytest.raises(ValueError, match="changes the base weights, which replicated layers share"):
         peft_fast.LoraConfig(layer_replication=RANGES, init_lora_weights="pissa")
+
+
+def test_a_file_cannot_ask_for_endless_layers(llama, untouched, tmp_path):
+    model = peft_fast.get_peft_model(llama(num_hidden_layers=4), peft_fast.LoraConfig(**options()))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_replication": [[0, 4]] * 10**5}))
+    with untouched(base := llama(num_hidden_layers=4)), pytest.raises(ValueError, match="wants 400000 layers"):
+        peft_fast.PeftModel.from_pretrained(base, tmp_path)

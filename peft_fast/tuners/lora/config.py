@@ -264,8 +264,8 @@ def _check_loftq(options: Any) -> None:
     bits, steps = (asdict(LoftQConfig()) | options).values()
     if bits not in (4, 8):
         raise ValueError(f"loftq_bits must be 4 or 8, got {bits!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"loftq_iter must be a positive integer, got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 999:
+        raise ValueError(f"loftq_iter must be an integer from 1 to 999, got {steps!r}")
 
 
 def _check_types(config: LoraConfig) -> None:

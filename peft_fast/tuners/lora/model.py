@@ -35,6 +35,7 @@ from .param_wrapper import ParamWrapper, wrappers_of
 from .replication import Replication, replicate_layers
 from .tied import TiedLinear
 
+MOST_REPLICAS = 1000  # layers that a file with fewer tensors may ask for
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Embedding: Embedding,
@@ -148,6 +149,9 @@ class LoraModel(BaseTuner):
                 f"the config says rank {rank}, and the file's tensors do not fit that: none has a dimension above "
                 f"{largest}. Are adapter_config.json and the weights of one adapter?"
             )
+        layers = sum(end - start for start, end in config.layer_replication or ())
+        if layers > max(len(tensors), MOST_REPLICAS):
+            raise ValueError(f"the config wants {layers} layers (layer_replication), and the file is not for so many")
         tokens = config.trainable_token_indices or []
         most = max(map(len, tokens.values() if isinstance(tokens, dict) else [tokens]), default=0)
         if largest and most > largest:

@@ -25,9 +25,9 @@ from .orthogonal import orthogonal
 from .pissa import pissa, pissa_niter
 from .start import Change, Start, rows_in_full
 
-NAMES = ("pissa", "pissa_niter_<number>", "olora", "orthogonal", "loftq", "corda", "lora_ga")
+NAMES = ("pissa", "pissa_niter_<0 to 999>", "olora", "orthogonal", "loftq", "corda", "lora_ga")
 SLOW = re.compile("pissa|olora|loftq|lora_ga")  # a decomposition a layer: worth a progress bar
-NITER = re.compile(r"pissa_niter_(\d+)")
+NITER = re.compile(r"pissa_niter_(\d{1,3})")  # a config from elsewhere may not ask for endless work
 
 
 def method_of(init: Any) -> str | None:

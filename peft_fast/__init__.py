@@ -41,8 +41,8 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import LoraConfig, LoraModel
-from .tuners.lora import LoraRuntimeConfig, set_lora_groups, set_lora_mlp
-from .utils import bloom_model_postprocess_past_key_value, shift_tokens_right
+from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
+from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -55,7 +55,9 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "NoMatchingPeftModuleError",
@@ -84,7 +86,9 @@ __all__ = [
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
     "quantize_linear_layers",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_lora_groups",
     "set_lora_mlp",

@@ -21,6 +21,7 @@ from .inject import tuner_of
 from .renamed import renamed_keys
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
+from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
 from .tuners.offload import offloading_hook, onloaded
@@ -65,7 +66,8 @@ def get_peft_model_state_dict(
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
-    return {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+    found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+    return without_padding(tuner, adapter_name, found, prefix)
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -92,6 +94,16 @@ def set_peft_model_state_dict(
     plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     apply_load(model, plan, adapter_name)
     return plan.result
+
+
+def keys_in_model(
+    model: Any, state_dict: Mapping[str, Any], adapter_name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's values by their names in the model, and those that have no place there under the keys that they have."""
+    tuner, prefix = tuner_of(model)
+    known = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
+    return found, {key: state_dict[key] for key in unexpected}
 
 
 def plan_load(

@@ -14,7 +14,8 @@ from .kappa import KappaTuneSelector, find_kappa_target_modules
 from .model import PeftModel
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.dora import DoraCaching
-from .tuners.lora.layer import LoraLayer, checked_factor
+from .tuners.lora.layer import LoraLayer
+from .tuners.lora.scales import checked_factor
 
 __all__ = [
     "DoraCaching",

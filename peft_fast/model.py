@@ -26,6 +26,7 @@ from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_la
 from .transaction import unchanged_on_error
 from .tuners import tuner_class
 from .tuners.base import BaseTuner
+from .tuners.lora.conversion import as_plain_lora
 from .tuners.names import list_of_names
 
 
@@ -201,12 +202,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         them or none: files that were there survive a failure and a kill. `state_dict`: tensors gathered from shards.
         Processes other than the main one write nothing. `max_shard_size` (push_to_hub passes it) and `save_function`
         (examples with accelerate do) have no effect: adapters are one file, written in the way that cannot be torn.
+        `path_initial_model_for_weight_conversion`: the folder that the adapter was saved to before training, for one
+        that changed the base weights at its start (PiSSA, OLoRA, ...). What is written is then the difference to that,
+        a plain adapter of twice the rank for the base weights as they were. Raises ValueError where there is none such.
         """
         directory = Path(save_directory)
         if directory.is_file():
             raise ValueError(f"save_directory must be a directory, got the file {directory}")
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion needs PiSSA or OLoRA, not built yet")
         if push_to_hub:
             raise ValueError("save_pretrained writes to a directory and uploads nothing: call push_to_hub(repo_id)")
         chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
@@ -214,11 +216,25 @@ class PeftModel(PushToHubMixin, nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
+        ready = {}
         for name in names:
+            config: Any = self.peft_config[name]
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
-            if is_main_process:
-                folder = directory if name == "default" else directory / name
-                write_adapter(folder, self.get_base_model(), self.peft_config[name], tensors, safe_serialization)
+            if path_initial_model_for_weight_conversion is not None and is_main_process:
+                self._warn_of_requantised()
+                config, tensors = as_plain_lora(config, tensors, path_initial_model_for_weight_conversion)
+            ready[name] = config, tensors
+        for name, (config, tensors) in ready.items() if is_main_process else ():
+            folder = directory if name == "default" else directory / name
+            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization)
+
+    def _warn_of_requantised(self) -> None:
+        if any(layer.is_kbit for _, layer in self.base_model.layers()):
+            warnings.warn(
+                "the base weights have few bits, and were rounded to them again without the adapter's start: on the "
+                "untouched ones the converted adapter gives somewhat other outputs",
+                stacklevel=3,
+            )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md, keeping the text of one that is there."""

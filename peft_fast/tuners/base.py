@@ -71,15 +71,16 @@ class BaseTuner(nn.Module):
         self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
-        """The layer for `target` with the new adapter in it: a new one around it, or itself if it is ours already."""
-        raise NotImplementedError
+        raise NotImplementedError  # the layer with the new adapter in it: one around `target`, or itself if it is ours
 
     def find_parameters(self, config: Any, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-        """(path of the module, name) of parameters that are to be adapted though they are no layers'."""
-        return []
+        return []  # (path of the module, name) of parameters that are to be adapted though they are no layers'
 
     def adapt_parameter(self, path: str, name: str, adapter_name: str, config: Any) -> nn.Module:
         raise NotImplementedError  # what stands at `path` once the adapter is on that parameter
+
+    def steps(self, paths: list[str], config: Any) -> Iterable[str]:
+        return paths  # one by one, as their layers are adapted: some methods take long over each
 
     @classmethod
     def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
@@ -117,7 +118,7 @@ class BaseTuner(nn.Module):
             self._keep_unpacked()
             self._tied_targets = ties.targets
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
-            for path in paths:
+            for path in self.steps(paths, config):
                 target = self.model.get_submodule(path)
                 if target not in adapted:
                     layer = self.adapt(target, path, adapter_name, config)

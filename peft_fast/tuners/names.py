@@ -1,8 +1,14 @@
 """Names of adapters, as callers give them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
+
+
+def without_compiling(model: Any) -> Any:
+    """The model inside of what torch.compile made of it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def list_of_names(argument: str, names: Sequence[str]) -> Sequence[str]:

@@ -10,6 +10,7 @@ from peft_fast.checkpoint import (
 from peft_fast.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from peft_fast.peft_types import PeftType, TaskType
 
+from .loftq_utils import replace_lora_weights_loftq
 from .other import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,
@@ -49,6 +50,7 @@ __all__ = [
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

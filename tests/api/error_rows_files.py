@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from error_tools import CONFIG, NOT_YET, WEIGHTS, Row, Tools, emptied, half, named, quietly, with_code, write
+from error_tools import CONFIG, WEIGHTS, Row, Tools, emptied, half, named, quietly, with_code, write
 from safetensors import SafetensorError
 
 SAVING = [
@@ -60,15 +60,6 @@ SAVING = [
         ("1 tensors of the adapter are empty", "lora_A", "Gather them"),
         ValueError,
         why="the file would be worth nothing, and would take the place of a good one",
-    ),
-    Row(
-        "conversion from the weights at the start",
-        lambda l, t: t.model(l).save_pretrained(t.folder, path_initial_model_for_weight_conversion=str(t.folder / "x")),
-        Exception,
-        "",
-        ("path_initial_model_for_weight_conversion needs PiSSA",),
-        NotImplementedError,
-        why=NOT_YET,
     ),
     Row(
         "the tensors of an adapter that is not there",

@@ -74,24 +74,6 @@ CONFIGS = [
         ("not supported with use_dora", "leave one"),
     ),
     Row(
-        "LoftQ without its config",
-        lambda l, t: l.LoraConfig(init_lora_weights="loftq"),
-        (ValueError, ImportError),
-        "",
-        ("init_lora_weights='loftq'", "use True, False or 'gaussian'"),
-        REFUSED_BY_NAME,
-        why=NOT_YET,
-    ),
-    Row(
-        "a LoftQ config without its start",
-        lambda l, t: l.LoraConfig(loftq_config={"a": 1}),
-        UserWarning,
-        "ignored",
-        ("loftq_config={'a': 1}", "leave it at {}"),
-        NotImplementedError,
-        why=NOT_YET,
-    ),
-    Row(
         "an EVA config without its start",
         lambda l, t: l.LoraConfig(eva_config={}),
         UserWarning,
@@ -216,13 +198,6 @@ MAKING = [
         ValueError,
         "positive integer",
         ("r must be a positive integer", "got 0", "8 to 64 are usual"),
-    ),
-    Row(
-        "an unknown start",
-        lambda l, t: t.model(l, init_lora_weights="zeros"),
-        ValueError,
-        "Unknown initialization",
-        ("init_lora_weights must be True, False or 'gaussian'", "got 'zeros'"),
     ),
     Row(
         "an unknown bias",

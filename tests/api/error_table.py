@@ -4,8 +4,11 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
+from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
+from error_rows_hotswap import HOTSWAP
 from error_rows_life import LIFE
+from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
 from error_rows_parameters import PARAMETERS
 from error_rows_tokens import TOKENS
@@ -14,6 +17,12 @@ from error_tools import Row, Tools
 TABLE: dict[str, list[Row]] = {
     "Configs": CONFIGS,
     "Making adapters": MAKING,
+    "Initialisations": STARTS,
+    "Starts from sample data": CALIBRATED,
+    "Replicated layers": REPLICATIONS,
+    "Conversion": CONVERSIONS,
+    "Combination": COMBINATIONS,
+    "Hot-swapping": HOTSWAP,
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
     "Their life": LIFE,

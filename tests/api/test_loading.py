@@ -232,8 +232,6 @@ class TestArguments:
         assert (tmp_path / "x" / WEIGHTS).is_file()
         with pytest.raises(ValueError, match="uploads nothing: call push_to_hub"):
             model.save_pretrained(tmp_path / "y", push_to_hub=True)
-        with pytest.raises(NotImplementedError, match="path_initial_model_for_weight_conversion"):
-            model.save_pretrained(tmp_path / "y", path_initial_model_for_weight_conversion="init")
         assert not (tmp_path / "y").exists()
 
 

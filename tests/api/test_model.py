@@ -51,8 +51,6 @@ def test_what_is_not_built_is_refused(llama, tokens):
         model(tokens, task_ids=tokens)
     with pytest.raises(NotImplementedError, match="mixed=True"):
         get_peft_model(llama(), LoraConfig(), mixed=True)
-    with pytest.raises(NotImplementedError, match="path_initial_model"):
-        model.save_pretrained("nowhere", path_initial_model_for_weight_conversion="x")
 
 
 def test_the_base_model_shines_through(llama, trained, tokens):

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -16,32 +16,31 @@ from torch import nn
 from peft_fast.config import PeftConfig
 from peft_fast.peft_types import PeftType
 
+from . import initialisation
+from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
+
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
-    "loftq_config",
     "eva_config",
-    "corda_config",
-    "lora_ga_config",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
     "qalora_group_size",
     "monteclora_config",
-    "layer_replication",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
 )
-INITS_NOT_BUILT = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+INITS_NOT_BUILT = ("eva", "mica")
 
 
 @dataclass
 class LoraRuntimeConfig:
     """Options of a run, never saved.
 
-    ephemeral_gpu_offload: the norms of base weights on the CPU, which a new adapter with DoRA starts from, are computed
-      on the accelerator, if there is one. No effect on other adapters.
+    ephemeral_gpu_offload: what a new adapter needs of base weights on the CPU is computed on the accelerator, if there
+      is one: norms for DoRA, decompositions for PiSSA, OLoRA and LoftQ. No effect on other adapters.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -60,8 +59,17 @@ class LoraConfig(PeftConfig):
     bias: which biases of the base model are trained: "none", "all", "lora_only" (those of adapted layers).
     lora_bias: B has a bias of its own.
     init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with deviation 1 / r, B zero), or False
-      (both Kaiming uniform: the adapter does something at once, for tests).
+      (both Kaiming uniform: the adapter does something at once, for tests). For linear layers, dense and k-bit:
+      "pissa" (the weight's largest singular values and vectors, arXiv 2404.02948), "pissa_niter_16" (the same by a
+      randomised SVD of so many iterations: much faster) and "olora" (its QR decomposition, arXiv 2406.01775), which
+      take the adapter's part out of the base weight; "orthogonal" (random halves of one basis, whose product is zero;
+      r is even); "loftq" (factors that make up for quantisation, arXiv 2310.08659, with loftq_config); "corda" (what
+      sample data need of the weight, arXiv 2406.05223, after preprocess_corda) and "lora_ga" (its gradient, arXiv
+      2407.05000, after preprocess_loraga), which take their part out of the base weight too.
+    loftq_config, corda_config, lora_ga_config: a LoftQConfig, ..., or a dict of its options.
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
+    layer_replication: [[0, 4], [2, 5]] makes of five layers 0, 1, 2, 3, 2, 3, 4, in the weights that are there, each
+      with adapters of its own. Of the first adapter of a model; nothing can be merged then.
     rank_pattern, alpha_pattern: {regular expression for the end of the path: value in place of r or lora_alpha}.
     target_parameters: names of parameters of modules that are no layers (the whole path or its end), such as the 3-d
       ones of experts. Not with lora_dropout, lora_bias, use_dora. Names of experts' layers in target_modules become
@@ -105,7 +113,7 @@ class LoraConfig(PeftConfig):
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict = field(default_factory=dict)
+    loftq_config: Any = field(default_factory=dict)
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
@@ -134,7 +142,30 @@ class LoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = asdict(self.loftq_config)
+        self.loftq_config = self.loftq_config or {}
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn("loftq_config is ignored: init_lora_weights is not 'loftq'", stacklevel=3)
+            self.loftq_config = {}
+        self.corda_config = made("corda_config", self.corda_config, CordaConfig)
+        self.lora_ga_config = made("lora_ga_config", self.lora_ga_config, LoraGAConfig)
+        if self.init_lora_weights == "corda" and self.corda_config is None:
+            warnings.warn("init_lora_weights='corda' without corda_config: its defaults are taken", stacklevel=3)
+            self.corda_config = CordaConfig()
+        if self.init_lora_weights != "corda" and self.corda_config is not None:
+            warnings.warn("corda_config is ignored: init_lora_weights is not 'corda'", stacklevel=3)
         self.check()
+        if (
+            self.use_rslora
+            and (self.rank_pattern or self.alpha_pattern)
+            and initialisation.subtracts(self.init_lora_weights)
+        ):
+            warnings.warn(
+                f"an adapter with use_rslora, rank_pattern or alpha_pattern, and init_lora_weights="
+                f"{self.init_lora_weights!r} cannot be saved as plain LoRA (path_initial_model_for_weight_conversion)",
+                stacklevel=3,
+            )
 
     def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
         """Adapt layers of other types, {type of layer: class of its LoRA layer}: peft's experimental extension point.
@@ -184,6 +215,15 @@ class LoraConfig(PeftConfig):
             raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.layer_replication:
+            _check_replication(self.layer_replication)
+            if initialisation.changes_base(self.init_lora_weights):
+                raise ValueError(
+                    f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which replicated layers "
+                    "share: leave it out, or layer_replication"
+                )
+        if self.init_lora_weights == "loftq":
+            _check_loftq(self.loftq_config)
 
 
 def _check_built(config: LoraConfig) -> None:
@@ -197,13 +237,35 @@ def _check_built(config: LoraConfig) -> None:
                 "use peft for this adapter"
             )
     init = config.init_lora_weights
-    if isinstance(init, bool) or str(init).lower() == "gaussian":
-        return
-    if isinstance(init, str) and init.split("_niter_")[0] in INITS_NOT_BUILT:
+    if isinstance(init, str) and init in INITS_NOT_BUILT:
         raise NotImplementedError(
-            f"LoraConfig option init_lora_weights={init!r} is not built in peft_fast yet: use True, False or 'gaussian'"
+            f"LoraConfig option init_lora_weights={init!r} is not built in peft_fast yet: use one of True, False, "
+            f"'gaussian', {', '.join(initialisation.NAMES)}"
         )
-    raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init!r}")
+    initialisation.method_of(init)
+
+
+def _check_replication(ranges: Any) -> None:
+    fits = isinstance(ranges, (list, tuple)) and all(
+        isinstance(one, (list, tuple)) and len(one) == 2 and _are_indices(list(one)) and 0 <= one[0] < one[1]
+        for one in ranges
+    )
+    if not fits:
+        raise ValueError(f"layer_replication must be a list of [first layer, layer after the last], got {ranges!r}")
+
+
+def _check_loftq(options: Any) -> None:
+    if not isinstance(options, dict):
+        raise TypeError(f"loftq_config must be a LoftQConfig or a dict of its options, got {options!r}")
+    if not options:
+        raise ValueError("init_lora_weights='loftq' needs loftq_config: LoftQConfig(loftq_bits=4)")
+    if unknown := options.keys() - asdict(LoftQConfig()).keys():
+        raise TypeError(f"loftq_config has loftq_bits and loftq_iter, got {sorted(unknown)} too")
+    bits, steps = (asdict(LoftQConfig()) | options).values()
+    if bits not in (4, 8):
+        raise ValueError(f"loftq_bits must be 4 or 8, got {bits!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 999:
+        raise ValueError(f"loftq_iter must be an integer from 1 to 999, got {steps!r}")
 
 
 def _check_types(config: LoraConfig) -> None:

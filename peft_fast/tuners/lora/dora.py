@@ -16,6 +16,9 @@ from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import HALF_DTYPES
 
+from . import initialisation
+from .scales import folded
+
 
 class DoraLayer(nn.Module):
     """The magnitudes of one adapter."""
@@ -81,17 +84,19 @@ def factor(layer: Any, name: str) -> Tensor:
 
 
 def _norms(layer: Any, name: str) -> Tensor:
-    (A, B), scale, weight = layer.dora_factors(name), layer.scaling[name], layer.rows_of_base()
+    (A, B), weight = layer.dora_factors(name), layer.rows_of_base()
+    scale = layer.scaling[name]
     _check_at_hand(weight, A)
     squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
+    now = (A._version, B._version, float(scale)) if caching else None
     if caching and name in layer.kept_norms:
         of_squares, key, norms = layer.kept_norms[name]
-        if of_squares is squares and key == (A._version, B._version, scale):
+        if of_squares is squares and key == now:
             return norms
-    norms = ops.merged_norms(weight, A, B, scale, squares, layer.backend)
+    norms = ops.merged_norms(weight, A, *folded(B, scale), squares, layer.backend)
     if caching:
-        layer.kept_norms[name] = (squares, (A._version, B._version, scale), norms)
+        layer.kept_norms[name] = (squares, now, norms)
     return norms
 
 
@@ -110,13 +115,17 @@ def initial_magnitude(layer: Any, name: str) -> Tensor:
     if A.is_meta:
         return torch.empty(B.shape[0], device="meta", dtype=weight.dtype)
     _check_at_hand(weight, A)
+    start = layer.starts.get(name)
+    if start is not None and start.changes_base:  # the base weight has not been changed yet
+        start.norms = torch.linalg.norm(start.merged(initialisation.rows_in_full(layer), layer.scaling[name]), dim=1)
+        return start.norms.to(weight.dtype)
     home, accelerator = weight.device, torch.accelerator.current_accelerator(check_available=True)
     if layer.ephemeral_gpu_offload and home.type == "cpu" and accelerator is not None:
         weight, A, B = (part.to(accelerator) for part in (weight, A, B))
     if not bool(A.any()) or not bool(B.any()):
         dense = weight.detach() if isinstance(weight, Tensor) else ops.dequantize(weight)
         return torch.linalg.norm(dense, dim=1).to(home)
-    return ops.merged_norms(weight, A, B, layer.scaling[name]).to(home, weight.dtype)
+    return ops.merged_norms(weight, A, *folded(B, layer.scaling[name])).to(home, weight.dtype)
 
 
 @torch.no_grad()
@@ -127,8 +136,11 @@ def unround(layer: Any, name: str) -> None:
     """
     m, weight = layer.lora_magnitude_vector[name].weight, layer.rows_of_base()
     if m.dtype == torch.float32 and weight.dtype in HALF_DTYPES and not m.is_meta:
-        A, B = layer.dora_factors(name)
-        m.copy_(ops.merged_norms(weight, A, B, layer.scaling[name]).view(m.shape))
+        norms = layer.starts[name].norms if name in layer.starts else None
+        if norms is None:
+            A, B = layer.dora_factors(name)
+            norms = ops.merged_norms(weight, A, *folded(B, layer.scaling[name]))
+        m.copy_(norms.view(m.shape))
 
 
 def forward(

@@ -17,6 +17,7 @@ from peft_fast.tuners.base_weight import why_not_embedding
 from . import dora
 from .config import LoraConfig
 from .layer import WithConstants
+from .scales import folded
 
 
 class Embedding(WithConstants):
@@ -74,17 +75,17 @@ class Embedding(WithConstants):
         if weight is None:
             return self._add(self.base_layer(ids, *args, **kwargs), ids, adapters)
         first = adapters[0]
-        A, B = self.lora_embedding_A[first], self.lora_embedding_B[first]
+        A, (B, scale) = self.lora_embedding_A[first], folded(self.lora_embedding_B[first], self.scaling[first])
         padding_idx: Any = base.padding_idx
         y = ops.lora_embedding(
-            ids, weight, A, B, self.scaling[first], padding_idx=padding_idx, backend=self.backend
+            ids, weight, A, B, scale, padding_idx=padding_idx, backend=self.backend
         )  # fmt: skip
         return self._add(y, ids, adapters[1:])
 
     def _add(self, y: Tensor, ids: Tensor, names: list[str]) -> Tensor:
         base: Any = self.get_base_layer()
         for name in names:
-            A, B, scale = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
+            A, (B, scale) = self.lora_embedding_A[name], folded(self.lora_embedding_B[name], self.scaling[name])
             factor = getattr(base, "embed_scale", None)
             if factor is not None:
                 B = B * (factor.to(B.dtype) if isinstance(factor, Tensor) else factor)

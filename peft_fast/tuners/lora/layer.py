@@ -21,8 +21,9 @@ from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 
-from . import dora
+from . import dora, initialisation
 from .config import LoraConfig
+from .scales import checked_factor, folded
 
 
 class LoraLayer(BaseTunerLayer):
@@ -31,6 +32,7 @@ class LoraLayer(BaseTunerLayer):
     dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
     out_dim = 0  # of the base weight: along the out features
     ephemeral_gpu_offload = False  # see LoraRuntimeConfig
+    starts_from_weight = False  # whether initialisations that read the base weight are for it
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -39,7 +41,7 @@ class LoraLayer(BaseTunerLayer):
         super().__init__(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}  # a number, or a tensor: see scales.py
         self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -51,6 +53,7 @@ class LoraLayer(BaseTunerLayer):
         self.lora_magnitude_vector = nn.ModuleDict()
         self._squares: tuple[Any, ...] | None = None  # of the base weight's rows, for DoRA: see kept_squares
         self.kept_norms: dict[str, tuple[Any, ...]] = {}  # by adapter, under DoraCaching
+        self.starts: dict[str, initialisation.Start] = {}  # by adapter, while it is being put in
         self._merged_factors: dict[str, Tensor] = {}  # of merged adapters with DoRA, by which the weight was multiplied
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
@@ -64,7 +67,9 @@ class LoraLayer(BaseTunerLayer):
         self.ephemeral_gpu_offload = config.runtime_config.ephemeral_gpu_offload
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.make_factors(adapter_name, r, config)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        start = initialisation.begin(self, adapter_name, config)
+        if start is not None:
+            self.starts[adapter_name] = start
         self.place_adapter(adapter_name)
         if config.use_dora:
             self.add_magnitude(adapter_name)
@@ -227,7 +232,11 @@ class LoraLayer(BaseTunerLayer):
 
     def _set_scales(self, scales: dict[str, float]) -> None:
         self._check_unmerged(name for name, scale in scales.items() if scale != self.scaling[name])
-        self.scaling.update(scales)
+        for name, scale in scales.items():
+            if isinstance(self.scaling[name], Tensor):
+                self.scaling[name].fill_(scale)
+            else:
+                self.scaling[name] = scale
 
     def _check_unmerged(self, adapters: Iterable[str]) -> None:
         merged = [name for name in adapters if name in self.merged_adapters]
@@ -261,6 +270,7 @@ class Linear(LoraLayer):
     """
 
     dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
+    starts_from_weight = True
     group: Any = None  # with its siblings, while their parent's forward runs (groups.py)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
@@ -330,14 +340,12 @@ class Linear(LoraLayer):
     ) -> Tensor:
         """W x + scale * B A x, without a bias or dropout."""
         A, B = self.factors(name)
-        scale = self.scaling[name]
+        up, scale = folded(B.weight, self.scaling[name])
         if weight is not None:
-            return ops.lora_linear(x, weight, A.weight, B.weight, scale, backend=self.backend)
+            return ops.lora_linear(x, weight, A.weight, up, scale, backend=self.backend)
         y = self.base_layer(x, *args, **kwargs)
         y = y if self.bias is None else y - self.bias
-        return ops.lora_up_add(
-            y, ops.lora_down(x, A.weight, backend=self.backend), B.weight, scale, backend=self.backend
-        )
+        return ops.lora_up_add(y, ops.lora_down(x, A.weight, backend=self.backend), up, scale, backend=self.backend)
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
@@ -371,7 +379,7 @@ class Linear(LoraLayer):
         bias, extra = self.bias, None if B.bias is None else self.get_delta_bias(name)
         if extra is not None:
             bias = extra if bias is None else bias + extra
-        return ops.Projection(weight, bias, A.weight, B.weight, self.scaling[name], self.dropout_p(name), key)
+        return ops.Projection(weight, bias, A.weight, *folded(B.weight, self.scaling[name]), self.dropout_p(name), key)
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
         """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
@@ -389,17 +397,10 @@ class Linear(LoraLayer):
         for name in names:
             A, B = self.factors(name)
             s = ops.lora_down(x, A.weight, backend=self.backend, **self._dropout(name, x))
-            y = ops.lora_up_add(y, s, B.weight, self.scaling[name], self.get_delta_bias(name), backend=self.backend)
+            up, scale = folded(B.weight, self.scaling[name])
+            y = ops.lora_up_add(y, s, up, scale, self.get_delta_bias(name), backend=self.backend)
         return y
 
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
-
-
-def checked_factor(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return value

@@ -26,6 +26,7 @@ class LinearLike(Linear):
     """
 
     dora_layer = None  # the norm of its rows cannot be known
+    starts_from_weight = False
 
     def _get_name(self) -> str:
         return "Linear"

@@ -1,24 +1,30 @@
 """LoraModel: which layers LoRA can adapt, and with which rank."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from peft_fast.adapter_file import PREFIX
 from peft_fast.errors import NoMatchingPeftModuleError
 from peft_fast.renamed import renamed_keys
 from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
+from peft_fast.tuners.names import list_of_names
 from peft_fast.tuners.targets import LORA_TARGETS
 
-from . import dora
+from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
+from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
+from .conversion import difference
 from .embedding import Embedding
 from .groups import group_siblings, ungroup_siblings
 from .joined_experts import joined_experts
@@ -26,10 +32,12 @@ from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 from .moe import converted
 from .param_wrapper import ParamWrapper, wrappers_of
+from .replication import Replication, replicate_layers
 from .tied import TiedLinear
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # model types
 READ_BY_MAMBA = ("conv1d", "out_proj")  # layers whose weights the fused kernels of these read without a call
+MOST_REPLICAS = 1000  # layers that a file with fewer tensors may ask for
 FAST_PATH = ("linear1", "linear2")  # layers whose weights torch.nn.TransformerEncoderLayer may read without a call
 OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Embedding: Embedding,
@@ -43,6 +51,7 @@ OTHER_LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
 class LoraModel(BaseTuner):
     prefix = "lora_"
     target_module_mapping = LORA_TARGETS
+    replication: Replication | None = None
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: LoraConfig) -> nn.Module:
         _check_mamba(self.model, path)
@@ -143,6 +152,9 @@ class LoraModel(BaseTuner):
                 f"the config says rank {rank}, and the file's tensors do not fit that: none has a dimension above "
                 f"{largest}. Are adapter_config.json and the weights of one adapter?"
             )
+        layers = sum(end - start for start, end in config.layer_replication or ())
+        if layers > max(len(tensors), MOST_REPLICAS):
+            raise ValueError(f"the config wants {layers} layers (layer_replication), and the file is not for so many")
         tokens = config.trainable_token_indices or []
         most = max(map(len, tokens.values() if isinstance(tokens, dict) else [tokens]), default=0)
         if largest and most > largest:
@@ -160,17 +172,63 @@ class LoraModel(BaseTuner):
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         given, config = config, converted(self.model, config)
-        super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        with self._replicated(config):
+            super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
         for _, layer in self.layers():
             if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
                 layer.tie(adapter_name)
-            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_magnitude_vector:
+            if not isinstance(layer, LoraLayer):
+                continue
+            if adapter_name in layer.starts:
+                initialisation.unround(layer, adapter_name, layer.starts[adapter_name])
+            if adapter_name in layer.lora_magnitude_vector:
                 dora.unround(layer, adapter_name)
+            layer.starts.pop(adapter_name, None)
         fuse_mlps(self.model)
         group_siblings(self.model)
+
+    @contextmanager
+    def _replicated(self, config: Any) -> Iterator[None]:
+        """With the layers that the config wants to be there several times; as it was again if the block raises."""
+        wanted = config.layer_replication and [list(one) for one in config.layer_replication]
+        there = self.replication.ranges if self.replication is not None else None
+        if not wanted or wanted == there:
+            yield
+            return
+        if there is not None or self.peft_config:
+            raise ValueError(
+                f"layer_replication must be the first adapter's, {there}, got {wanted}: the layers of a model with "
+                "adapters stay as they are"
+            )
+        config.check()
+        done = replicate_layers(self.model, wanted)
+        try:
+            self.replication = done
+            yield
+        except BaseException:
+            self.replication = None
+            done.undo()
+            raise
+
+    def _merge(self, adapter_names: Any, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
+        self._refuse_to_merge_replicas()
+        super()._merge(adapter_names, safe_merge, progressbar, undoable)
+
+    def _refuse_to_merge_replicas(self) -> None:
+        if self.replication is not None:
+            raise ValueError(
+                "adapters cannot be merged into replicated layers (layer_replication), which share their weights: keep "
+                "them unmerged"
+            )
+
+    def steps(self, paths: list[str], config: Any) -> Iterable[str]:
+        init = config.init_lora_weights
+        if not (isinstance(init, str) and initialisation.SLOW.match(init)):
+            return paths
+        return tqdm(paths, desc=f"initialising by {init}", unit="layer", disable=None, leave=False)
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:
@@ -184,12 +242,55 @@ class LoraModel(BaseTuner):
                 stacklevel=4,
             )
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add a new adapter, neither active nor trained, made of `adapters` with these `weights`, also negative ones.
+
+        combination_type: "svd" (the best of rank `svd_rank`, default the largest of the adapters', for the weighted sum
+          of what they add), "cat" (that sum exactly, with the sum of the ranks), "linear" (A's and B's are added up: of
+          adapters that were trained apart, a rough approximation), "ties", "dare_linear", "dare_ties" and
+          "magnitude_prune" (likewise, pruned to a share `density` first), and the last four with "_svd" (the products
+          are combined, not the factors). One adapter alone is always "linear". See utils/merge_utils.py.
+        svd_clamp: a quantile of the factors' values, beyond which they are clamped. svd_driver: torch.linalg.svd's, on
+          CUDA. svd_full_matrices has no effect: only the first svd_rank vectors are used, and no others are computed.
+        majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
+        Raises ValueError, and leaves the model as it was, for adapters that cannot be combined. One layer's product is
+        in memory at a time. An adapter of this name that is there already stays as it is, with a warning.
+        """
+        wanted = Combination(
+            list(list_of_names("adapters", adapters)), list(weights), combination_type, svd_rank, svd_clamp, svd_driver,
+            density, majority_sign_method,
+        )  # fmt: skip
+        add_weighted_adapter(self, adapter_name, wanted)
+
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors less those of `adapter_name`, the same adapter before training, under a file's keys: a
+        plain adapter of twice the rank. `save_pretrained` does so by itself. `kwargs`: {"state_dict": ...}, where the
+        values of `adapter_name` are to be taken from."""
+        tensors = (kwargs or {}).get("state_dict") or dict(self.named_parameters())
+        keys = self.state_keys(adapter_name)
+        return difference(output_state_dict, {PREFIX + key: tensors[f"model.{name}"] for key, name in keys.items()})
+
     def merge_to_16bit(
         self,
         dtype: torch.dtype = torch.bfloat16,
         adapter_names: Sequence[str] | None = None,
         progressbar: bool = True,
     ) -> nn.Module:
+        self._refuse_to_merge_replicas()
         model = super().merge_to_16bit(dtype, adapter_names, progressbar)
         restore_mlps(model)
         ungroup_siblings(model)
@@ -199,6 +300,9 @@ class LoraModel(BaseTuner):
         model = super()._unload(with_copies_of)
         restore_mlps(model)
         ungroup_siblings(model)
+        if self.replication is not None:
+            self.replication.undo()
+            self.replication = None
         return model
 
 

@@ -15,6 +15,7 @@ from peft_fast.dispatch import Choice
 
 from .config import LoraConfig
 from .layer import LoraLayer
+from .scales import folded
 
 
 class ParamWrapper(LoraLayer):
@@ -87,7 +88,8 @@ class ParamWrapper(LoraLayer):
             for name in self.adapters_in_effect():
                 left, right = (part.to(weight.dtype) for part in self._products(name))
                 multiply_add = torch.addmm if weight.dim() == 2 else torch.baddbmm
-                weight = multiply_add(weight, left, right, alpha=self.scaling[name])
+                right, scale = folded(right, self.scaling[name])
+                weight = multiply_add(weight, left, right.to(weight.dtype), alpha=scale)
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

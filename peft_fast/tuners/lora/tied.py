@@ -17,6 +17,8 @@ class TiedLinear(Linear):
     peft loses this when the adapter is cast or moved, and so for every model in 16 bits; here it is kept.
     """
 
+    starts_from_weight = False  # its factors are the embedding's
+
     def __init__(
         self,
         base_layer: nn.Module,

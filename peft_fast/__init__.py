@@ -16,7 +16,7 @@ from .checkpoint import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from .config import PeftConfig, get_peft_config
+from .config import PeftConfig, PromptLearningConfig, get_peft_config
 from .dispatch import use_backend
 from .errors import NoMatchingPeftModuleError
 from .explain import explain
@@ -40,7 +40,22 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .tuners import LoraConfig, LoraModel
+from .tuners import (
+    CPTConfig,
+    CPTEmbedding,
+    LoraConfig,
+    LoraModel,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PrefixEncoder,
+    PrefixTuningConfig,
+    PromptEmbedding,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
 from .tuners.lora import LoraRuntimeConfig, set_lora_groups, set_lora_mlp
 from .utils import bloom_model_postprocess_past_key_value, shift_tokens_right
 
@@ -55,9 +70,13 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CPTConfig",
+    "CPTEmbedding",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
@@ -68,6 +87,15 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "QuantizedLinear",
     "TaskType",
     "TunerLayerStatus",

@@ -16,9 +16,10 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .tuners import METHODS
+from .tuners import METHODS, PROMPT_METHODS
 from .tuners.base import BaseTuner
 from .tuners.layer import AdapterHolder
+from .tuners.prompt_learning import BasePromptEncoder
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
     TaskType.SEQ_CLS: PeftModelForSequenceClassification,
@@ -30,9 +31,16 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
 }
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: made[0] for kind, made in METHODS.items()}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {kind: made[1] for kind, made in METHODS.items()}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {kind: made[1].prefix for kind, made in METHODS.items()}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
+    kind: made[0] for kind, made in (METHODS | PROMPT_METHODS).items()
+}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner] | type[BasePromptEncoder]] = {
+    kind: made[1] for kind, made in (METHODS | PROMPT_METHODS).items()
+}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {
+    **{kind: made[1].prefix for kind, made in METHODS.items()},
+    **{kind: f"{kind.value.lower()}_" for kind in PROMPT_METHODS},  # of no parameter: peft's table has them
+}
 
 
 def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:

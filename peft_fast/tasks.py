@@ -55,8 +55,15 @@ class _Generating(PeftModel):
             return generation.generating(self._tuner, self.prepare_inputs_for_generation)
         return super()._generator()
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base model's inputs for a step of generating; those of the first have the prompt."""
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's inputs for a step of generating; those of the first have the prompt.
+
+        transformers looks at the names of the arguments, to see whether embeddings and tasks can be given.
+        """
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         if self._has_prompt:
             return self._prepare_with_prompt(*args, task_ids=task_ids, **kwargs)
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)

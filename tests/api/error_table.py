@@ -8,6 +8,7 @@ from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_life import LIFE
 from error_rows_making import CONFIGS, MAKING
 from error_rows_parameters import PARAMETERS
+from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
 from error_tools import Row, Tools
 
@@ -16,6 +17,7 @@ TABLE: dict[str, list[Row]] = {
     "Making adapters": MAKING,
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
+    "Learned prompts": PROMPTS,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

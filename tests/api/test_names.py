@@ -12,6 +12,11 @@ import peft_fast
 import peft_fast.mapping
 
 MODELS = [name for name in peft_fast.__all__ if name.startswith(("PeftModel", "AutoPeftModel"))]
+PROMPTS = [
+    "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit", "PrefixEncoder",
+    "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
+]  # fmt: skip
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -19,10 +24,10 @@ NAMES = {
         "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training", "set_peft_model_state_dict",
         "LoraRuntimeConfig", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right",
+        "shift_tokens_right", "PromptLearningConfig", *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
-    ".config": ["PeftConfig"],
+    ".config": ["PeftConfig", "PromptLearningConfig"],
     ".functional": [
         "cast_adapter_dtype", "delete_adapter", "get_peft_model_state_dict", "inject_adapter_in_model", "set_adapter",
         "set_peft_model_state_dict", "set_requires_grad",
@@ -45,11 +50,18 @@ NAMES = {
         *(name for name in MODELS if name.startswith("Peft")), "TunerLayerStatus", "TunerModelStatus",
         "get_layer_status", "get_model_status",
     ],
-    ".tuners": ["LoraConfig", "LoraModel"],
+    ".tuners": ["LoraConfig", "LoraModel", "MultitaskPromptEmbedding", *PROMPTS],
+    ".tuners.cpt": ["CPTConfig", "CPTEmbedding"],
+    ".tuners.multitask_prompt_tuning": [
+        "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",
+    ],
+    ".tuners.p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+    ".tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
+    ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
     ".tuners.lora": ["LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
     ".tuners.trainable_tokens": ["TrainableTokensLayer"],
-    ".tuners.tuners_utils": ["BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
+    ".tuners.tuners_utils": ["BasePromptEncoder", "BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
     ".utils": [
         "CONFIG_NAME", "ModulesToSaveWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME", "TaskType", "WEIGHTS_NAME",
         "_get_submodules", "cast_mixed_precision_params", "get_peft_model_state_dict", "load_peft_weights",

@@ -52,14 +52,15 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.prompt_tuning_init in FROM_FILE and not self.inference_mode:
+        init = MultitaskPromptTuningInit(self.prompt_tuning_init).value
+        if init in FROM_FILE and not self.inference_mode:
             if not self.prompt_tuning_init_state_dict_path:
                 raise ValueError(
-                    f"prompt_tuning_init={self.prompt_tuning_init!r} needs prompt_tuning_init_state_dict_path, the "
+                    f"prompt_tuning_init={init!r} needs prompt_tuning_init_state_dict_path, the "
                     "file of an adapter for several tasks"
                 )
-            if self.prompt_tuning_init != "ONLY_SOURCE_SHARED" and self.num_tasks != 1:
+            if init != "ONLY_SOURCE_SHARED" and self.num_tasks != 1:
                 raise ValueError(
-                    f"prompt_tuning_init={self.prompt_tuning_init!r} makes a prompt for one task: num_tasks must be "
+                    f"prompt_tuning_init={init!r} makes a prompt for one task: num_tasks must be "
                     f"1, got {self.num_tasks}"
                 )

@@ -57,7 +57,7 @@ def _those_that_fit(of_model: Any, config: Any, pairs: list[tuple[Tensor, Tensor
     if not fitting:
         raise ValueError(
             f"the prefix has {config.num_attention_heads} heads of {config.token_dim // config.num_attention_heads}, "
-            f"and the layers have (heads, size) {sorted(set(shapes))}: set token_dim and num_attention_heads"
+            f"and no layer of the model has as many or fewer and keys of its own: theirs are {sorted(set(shapes))}"
         )
     if len(fitting) < len(pairs):
         left = sorted(set(range(len(pairs))) - {index for index, _ in fitting})

@@ -97,6 +97,16 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+def refuse_checkpointing(base_model: Any, now: bool) -> None:
+    """`now`: only where it is in effect, which it is in training."""
+    checkpointed = [module for module in base_model.modules() if getattr(module, "gradient_checkpointing", False)]
+    if any(module.training for module in checkpointed) if now else checkpointed:
+        raise ValueError(
+            "PREFIX_TUNING does not work with gradient checkpointing, under which models take no keys and values of "
+            "tokens before: call gradient_checkpointing_disable(), or learn another kind of prompt"
+        )
+
+
 def takes_cache(base_model: Any, backbone: Any) -> bool:
     return any("past_key_values" in inspect.signature(m.forward).parameters for m in (base_model, backbone))
 
@@ -138,12 +148,13 @@ def _call_with_prefix(tuner: Any, inputs: dict[str, Any], batch: int) -> Any:
         raise ValueError(
             "past_key_values cannot be given where the prompt is a prefix, which takes their place: use generate"
         )
+    refuse_checkpointing(tuner.model, now=True)
     cache = tuner.prompt(batch, None)
     n = cache.get_seq_length()
     output = tuner.model(**inputs, past_key_values=cache)
     if cache.get_seq_length() <= n:
         raise ValueError(
-            f"{type(tuner.model).__name__} did not use the prefix: with gradient checkpointing, for one, models "
-            "take no keys and values of tokens before. Switch that off, or learn another kind of prompt"
+            f"{type(tuner.model).__name__} did not use the prefix, past_key_values, that it was given: learn another "
+            "kind of prompt"
         )
     return output

@@ -46,12 +46,26 @@ def fill_sizes(config: Any, model: nn.Module, word_embeddings: Any, is_prefix: b
             config.token_dim = config.num_attention_heads * head_dim
         elif dim is not None and not heads_were_given:
             config.token_dim = config.num_attention_heads * dim
+        else:
+            _check_head(config, of_model, dim)
     if not is_prefix and config.token_dim != width:
         raise ValueError(f"token_dim must be {width}, the size of the model's word embeddings, got {config.token_dim}")
     if is_prefix and config.num_layers != (layers := _number_of_layers(of_model, in_decoder, config.num_layers)):
         raise ValueError(f"num_layers must be {layers}, the number of the model's layers, got {config.num_layers}")
     if getattr(config, "encoder_hidden_size", 1) is None:
         config.encoder_hidden_size = config.token_dim
+
+
+def _check_head(config: Any, of_model: Any, dim: int | None) -> None:
+    """Sizes that were given, by a file for one, may be another model's; how many heads share a key is not looked at."""
+    sizes = [[getattr(of_model, name, None) for name in NAMES[key]] for key in ("token_dim", "num_attention_heads")]
+    width, heads = (next((size for size in found if size), None) for found in sizes)
+    dim = dim or (width // heads if width and heads else None)
+    if dim and config.token_dim != config.num_attention_heads * dim:
+        raise ValueError(
+            f"token_dim / num_attention_heads must be {dim}, the size of the model's attention heads, got "
+            f"{config.token_dim} and {config.num_attention_heads}: leave them out, and they are found out"
+        )
 
 
 def text_config(model: Any) -> Any:

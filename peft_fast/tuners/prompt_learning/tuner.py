@@ -21,7 +21,7 @@ from peft_fast.tuners.offload import home
 
 from .cache import prefix_cache
 from .encoder import BasePromptEncoder, submodules, total_virtual_tokens
-from .inputs import takes_cache
+from .inputs import refuse_checkpointing, takes_cache
 from .sizes import fill_sizes, text_config
 
 
@@ -95,6 +95,7 @@ class PromptTuner:
     def _new_encoder(self, config: Any) -> BasePromptEncoder:
         cls = encoder_class(config)
         if cls.is_prefix:
+            refuse_checkpointing(self.model, now=False)
             _check_prefix(self.model, getattr(self.model, self.owner.transformer_backbone_name or "", self.model))
         embeddings = self.word_embeddings
         fill_sizes(config, self.model, embeddings, cls.is_prefix)
@@ -248,11 +249,6 @@ def word_embeddings(model: nn.Module) -> nn.Module:
 
 
 def _check_prefix(model: Any, backbone: Any) -> None:
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError(
-            "PREFIX_TUNING does not work with gradient checkpointing, under which models take no keys and values of "
-            "tokens before: call gradient_checkpointing_disable(), or learn another kind of prompt"
-        )
     if not takes_cache(model, backbone):
         raise ValueError(
             f"{type(model).__name__} does not support past_key_values, which are what prefixes are: learn another kind "

@@ -1,6 +1,7 @@
 """Learned prompts in a forward, beside peft's from the same seed: outputs, losses, gradients, names."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -214,3 +215,89 @@ class TestSizes:
         )
         assert model.peft_config["default"].num_layers == 4
         assert torch.isfinite(model(**inputs_of("SEQ_2_SEQ_LM")).loss)
+
+    @pytest.mark.parametrize("shared", [0, 2])
+    def test_layers_that_differ(self, shared, monkeypatch):
+        """Gemma 4: heads of two sizes, and layers that use the keys of others."""
+        import prompt_models
+        import transformers
+
+        sizes = {
+            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "pad_token_id": 0,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16,
+            "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": shared,
+        }  # fmt: skip
+        monkeypatch.setitem(prompt_models.CONFIGS, "gemma4", lambda: transformers.Gemma4TextConfig(**sizes))
+        results = []
+        for library in (peft_fast, peft):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model, outputs, _ = step(library, "prefix", "gemma4", "CAUSAL_LM")
+            results.append((outputs.logits, gradients(model)))
+            of_layers = [str(one.message) for one in said if "[2, 3]" in str(one.message)]
+            assert bool(of_layers) == bool(shared)
+        torch.testing.assert_close(results[0], results[1])
+        assert model.peft_config["default"].token_dim == 2 * 16
+
+
+class TestTheBaseModel:
+    def test_it_may_be_resized_afterwards(self):
+        """peft embeds with the table of before."""
+        model = prompted(peft_fast, "prompt", "gpt2", "CAUSAL_LM")
+        model.resize_token_embeddings(100, mean_resizing=False)
+        assert torch.isfinite(model(torch.tensor([[99, 3]])).logits).all()
+
+    def test_embeddings_that_are_trained_whole(self):
+        """peft trains a copy that no input goes through."""
+        model = prompted(peft_fast, "prompt", "llama", "CAUSAL_LM", modules_to_save=["embed_tokens"])
+        model(**inputs_of("CAUSAL_LM")).loss.backward()
+        assert model.get_input_embeddings().modules_to_save["default"].weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("method", ["prefix", "prompt", "lstm"])
+    def test_in_4_bits(self, method, llama_4bit):
+        results = []
+        for library in (peft_fast, peft):
+            torch.manual_seed(11)
+            model = library.get_peft_model(llama_4bit(), config_of(library, method, "CAUSAL_LM"))
+            loss = model.train()(**inputs_of("CAUSAL_LM")).loss
+            loss.backward()
+            results.append((loss, gradients(model)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("method", ["prefix", "prompt"])
+    def test_compiled(self, method):
+        model = prompted(peft_fast, method, "llama", "CAUSAL_LM").eval()
+        given = inputs_of("CAUSAL_LM")
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+
+    def test_explained(self):
+        assert "prompts are learned" in str(peft_fast.explain(prompted(peft_fast, "prefix", "gpt2", "CAUSAL_LM")))
+
+
+@pytest.mark.parametrize(("task", "kind"), [("SEQ_CLS", "bert"), ("CAUSAL_LM", "gpt2"), ("SEQ_2_SEQ_LM", "t5")])
+@pytest.mark.parametrize("method", ["prefix", "mlp"])
+def test_transformers_trainer(task, kind, method, tmp_path):
+    """Losses beside peft's, evaluation, and the adapter afterwards."""
+    import transformers
+
+    rows = [inputs_of(task, seed=seed) for seed in range(4)]
+    data = [{key: value[i] for key, value in row.items()} for row in rows for i in range(2)]
+    losses, models = [], []
+    for library in (peft_fast, peft):
+        model = prompted(library, method, kind, task)
+        options = transformers.TrainingArguments(
+            output_dir=str(tmp_path / library.__name__), per_device_train_batch_size=2, num_train_epochs=2,
+            learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+            eval_strategy="steps", eval_steps=4,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, options, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        models.append(model.eval())
+        losses.append([row[key] for row in trainer.state.log_history for key in ("loss", "eval_loss") if key in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    models[0].save_pretrained(tmp_path)
+    found = peft.PeftModel.from_pretrained(base(kind, task), tmp_path)
+    torch.testing.assert_close(found(**rows[0]).loss, models[0](**rows[0]).loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(models[0](**rows[0]).loss, models[1](**rows[0]).loss, rtol=1e-4, atol=0)

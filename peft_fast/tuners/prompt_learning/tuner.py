@@ -175,7 +175,8 @@ class PromptTuner:
 
     @property
     def word_embeddings(self) -> Any:
-        return self.owner.word_embeddings
+        """Those in use: the model's may have been resized since, or have a trained copy (modules_to_save)."""
+        return embedding_of(self.model, "get_input_embeddings") or self.owner.word_embeddings
 
     def prompt(self, batch_size: int, task_ids: Tensor | None, cache: Any = None) -> Any:
         """The active prompt, [batch, tokens, token_dim]; a prefix as a cache of keys and values in the base model's

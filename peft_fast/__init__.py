@@ -43,6 +43,8 @@ from .tasks import (
 from .tuners import (
     CPTConfig,
     CPTEmbedding,
+    LoHaConfig,
+    LoHaModel,
     LoraConfig,
     LoraModel,
     MultitaskPromptTuningConfig,
@@ -72,6 +74,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "LoHaConfig",
+    "LoHaModel",
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",

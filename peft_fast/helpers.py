@@ -12,7 +12,8 @@ from torch import nn
 from .config import PeftConfig
 from .model import PeftModel
 from .tuners.lora.dora import DoraCaching
-from .tuners.lora.layer import LoraLayer, checked_factor
+from .tuners.lora.layer import LoraLayer
+from .tuners.scaling import checked_factor
 
 __all__ = [
     "DoraCaching",

@@ -6,6 +6,7 @@ from peft_fast.peft_types import PeftType
 from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
 from .layer import AdapterHolder, BaseTunerLayer
+from .loha import LoHaConfig, LoHaModel
 from .lora import LoraConfig, LoraModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -16,6 +17,7 @@ from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
+    PeftType.LOHA: (LoHaConfig, LoHaModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -76,6 +78,8 @@ __all__ = [
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "LoHaConfig",
+    "LoHaModel",
     "LoraConfig",
     "LoraModel",
     "ModulesToSaveWrapper",

@@ -28,6 +28,7 @@ from .mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
+from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
@@ -83,6 +84,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",

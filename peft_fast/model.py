@@ -24,6 +24,7 @@ from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
+from .prompts import LearnsPrompts
 from .saving import write_adapter, write_card
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .transaction import unchanged_on_error
@@ -33,19 +34,15 @@ from .tuners.names import list_of_names
 from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
     weights are made on the meta device, for a file to be loaded over them; not for training a new adapter.
-    Where prompts are learned there are also, as in peft, `prompt_encoder`, a ModuleDict by adapter; `prompt_tokens`,
-    the indices of the virtual tokens by adapter; `word_embeddings`, the model's; and `transformer_backbone_name`, the
-    name of what is below its head.
     Raises ValueError or NotImplementedError for what cannot be done; `model` is then unchanged.
     """
 
     special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})  # ours, never the base model's
-    _is_prompt_learning = False
     _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
     base_model: Any  # a BaseTuner; where prompts are learned, the user's model
 
@@ -62,30 +59,27 @@ class PeftModel(PushToHubMixin, nn.Module):
         if peft_config.is_prompt_learning:
             self._learn_prompts(model, peft_config, adapter_name)
         else:
-            tuner = tuner_class(peft_config.peft_type)
-            self.base_model = tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self.base_model = self._tuner_class(peft_config)(
+                model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+            )
         self.peft_type = peft_config.peft_type
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
-    def _learn_prompts(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str) -> None:
-        if type(self)._call_with_prompt is PeftModel._call_with_prompt:
-            raise ValueError(
-                "a prompt is put into the inputs of a task's model: prompt learning needs task_type in its config, or "
-                f"one of the PeftModelFor... classes, got task_type={peft_config.task_type!r}"
-            )
-        self._is_prompt_learning = True
-        PromptTuner.start(self, model)
-        self._tuner.inject_adapter(adapter_name, peft_config)
+    @classmethod
+    def _tuner_class(cls, config: PeftConfig) -> type[BaseTuner]:
+        return tuner_class(config.peft_type)
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> "type[PeftModel]":
+        from .mapping import model_class  # the table has the subclasses of this class
+
+        return model_class(config.task_type, default=cls)
 
     @property
     def _tuner(self) -> BaseTuner | PromptTuner:
         """What manages the adapters."""
         return PromptTuner(self) if self._is_prompt_learning else self.base_model
-
-    @property
-    def _has_prompt(self) -> bool:
-        return self._is_prompt_learning and not self._adapters_disabled
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -140,12 +134,15 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
         peft_config = checked_config(peft_config)
+        self._check_type(peft_config)
+        self._tuner.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _check_type(self, peft_config: PeftConfig) -> None:
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 "the adapters of one model must be of one type: it has "
                 f"{PeftType(self.peft_type).value}, got {peft_config.peft_type}"
             )
-        self._tuner.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._tuner.delete_adapter(adapter_name)
@@ -182,9 +179,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         return self.base_model(**inputs)
 
-    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
-        raise NotImplementedError  # the tasks' classes say where the prompt goes
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         refuse_mixed_batch(kwargs)
         model: Any = self.get_base_model()
@@ -195,30 +189,6 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _generator(self) -> Any:
         """Whose `generate` is called."""
         return self.get_base_model()
-
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """The active adapter's prompt for a batch: [batch, tokens, token_dim]; a prefix as a cache of transformers.
-
-        task_ids: [batch], for prompts of several tasks. max_cache_len: for caches of fixed length, which transformers
-        once needed here; today's grow. Raises AttributeError for methods that learn no prompts.
-        """
-        if not self._is_prompt_learning:
-            raise AttributeError(self._no_prompts("get_prompt"))
-        return self._tuner.prompt(batch_size, task_ids)
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The tensor that is saved of a learned prompt, on the CPU: [tokens, token_dim], of a prefix [tokens, layers *
-        2 * token_dim]. Raises AttributeError for methods that learn none."""
-        if not self._is_prompt_learning:
-            raise AttributeError(self._no_prompts("get_prompt_embedding_to_save"))
-        self._tuner._check_known([adapter_name])
-        return self.prompt_encoder[adapter_name].embedding_to_save()
-
-    def _no_prompts(self, method: str) -> str:
-        return (
-            f"{method} is for prompt learning: {type(self.get_base_model()).__name__!r} object has no attribute "
-            f"'prompt_encoder', its adapters are {PeftType(self.peft_type).value}"
-        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. A k-bit weight counts its elements, not its bytes."""
@@ -308,8 +278,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         The adapter is frozen, and the model in eval mode, unless `is_trainable`, which files of prompts cannot be.
         Raises ValueError for files that are damaged or another model's; `model` is then unchanged.
         """
-        from .mapping import model_class  # the table has the subclasses of this class
-
         hub_arguments = without_idle_arguments(hub_arguments)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
@@ -323,9 +291,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         method_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(model, config):
             config.inference_mode = not is_trainable
-            wrapper = model_class(config.task_type, default=cls)(
-                model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-            )
+            wrapper = cls._class_for(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
             warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)

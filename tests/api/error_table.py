@@ -7,6 +7,7 @@ Methods, layers and options that are not built here yet are refused by name: NOT
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_life import LIFE
 from error_rows_making import CONFIGS, MAKING
+from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
@@ -18,6 +19,7 @@ TABLE: dict[str, list[Row]] = {
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
+    "Other methods": METHODS,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

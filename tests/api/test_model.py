@@ -49,8 +49,6 @@ def test_what_is_not_built_is_refused(llama, tokens):
             call(tokens, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match="task_ids"):
         model(tokens, task_ids=tokens)
-    with pytest.raises(NotImplementedError, match="mixed=True"):
-        get_peft_model(llama(), LoraConfig(), mixed=True)
     with pytest.raises(NotImplementedError, match="path_initial_model"):
         model.save_pretrained("nowhere", path_initial_model_for_weight_conversion="x")
 

@@ -24,7 +24,7 @@ NAMES = {
         "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training", "set_peft_model_state_dict",
         "LoraRuntimeConfig", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right", "LoHaConfig", "LoHaModel", "PromptLearningConfig", *PROMPTS,
+        "shift_tokens_right", "LoHaConfig", "LoHaModel", "PeftMixedModel", "PromptLearningConfig", *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
     ".config": ["PeftConfig", "PromptLearningConfig"],
@@ -42,10 +42,12 @@ NAMES = {
         "is_torchao_available", "is_transformers_ge_v5", "is_xpu_available",
     ],
     ".mapping": [
-        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
         "inject_adapter_in_model",
     ],
     ".mapping_func": ["get_peft_model"],
+    ".mixed_model": ["PeftMixedModel"],
     ".peft_model": [
         *(name for name in MODELS if name.startswith("Peft")), "TunerLayerStatus", "TunerModelStatus",
         "get_layer_status", "get_model_status",
@@ -107,7 +109,7 @@ def test_what_is_installed_is_what_peft_says():
 def test_the_tables_of_methods_are_part_of_pefts():
     import peft.mapping
 
-    for name in ("CONFIG", "TUNER", "PREFIX"):
+    for name in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
         mine, other = (getattr(library.mapping, f"PEFT_TYPE_TO_{name}_MAPPING") for library in (peft_fast, peft))
         for kind, made in mine.items():
             theirs = other[peft.PeftType(kind.value)]

@@ -176,8 +176,12 @@ class TestDisabling:
         model = prompted(peft_fast, "prompt", "bert", "SEQ_CLS")
         expected = answer(base("bert", "SEQ_CLS"), "SEQ_CLS")
         with model.disable_adapter():
-            model.add_adapter("other", config_of(peft_fast, "prompt", "SEQ_CLS"))
+            model.add_adapter("other", config_of(peft_fast, "prompt", "SEQ_CLS", modules_to_save=["pooler"]))
+            model.set_adapter("other")
+            with torch.no_grad():
+                model.bert.pooler.modules_to_save["other"].dense.weight.add_(1)
             torch.testing.assert_close(answer(model, "SEQ_CLS"), expected)
+        assert not torch.allclose(answer(model, "SEQ_CLS"), expected)
 
 
 class TestCheckpointing:

@@ -13,7 +13,7 @@ and [B] of v0.15 (001...), line by line, on models of the published configuratio
 | PeftModelForTokenClassification, PREFIX_TUNING, bert-base-cased | A, B | runs, but for one name: it imports |
 |   |   | AutoModelForSequenceClassification and uses AutoModelForTokenClassification |
 | PeftModelForCausalLM, PREFIX_TUNING, gpt2-large | A, B | runs, to the letter |
-| PeftMixedModel.from_pretrained, load_adapter, set_adapter of two, a forward | B | not yet: mixed models, issue 7 |
+| PeftMixedModel.from_pretrained, load_adapter, set_adapter of two, a forward | B | runs, to the letter |
 
 What is printed is what peft 0.21.2 prints on the same model. Where that is not what the documents say:
   t5-base   all 223,843,584 in the documents, 223,788,288 now: peft once gave each of the 72 adapted layers a bias of
@@ -159,6 +159,12 @@ CAUSAL_LM = """
 >>> peft_model.print_trainable_parameters()
 trainable params: 1843200 || all params: 775873280 || trainable%: 0.23756456724479544
 """
+MIXED = """
+>>> peft_model = PeftMixedModel.from_pretrained(base_model, path_to_adapter1, "adapter1").eval()
+>>> peft_model.load_adapter(path_to_adapter2, "adapter2")
+>>> peft_model.set_adapter(["adapter1", "adapter2"])  # activate both adapters
+>>> peft_model(data)  # forward pass using both adapters
+"""
 DISABLING = """
 >>> with model.disable_adapter():
 ...     model(inputs)
@@ -256,3 +262,22 @@ def test_disabling_and_freezing(library, llama, tokens, trained):
     assert not torch.equal(model(tokens).logits, outputs[0])
     run(FREEZING.replace("if ...:", "if 'lora' in name:"), library, model_peft=model)
     assert model.get_nb_trainable_parameters()[0] == 0
+
+
+def test_mixed_adapters(llama, tokens, tmp_path):
+    """Of LoRA and LoHa, as the documents say."""
+    outputs = []
+    for library in (peft_fast, peft):
+        paths = [tmp_path / library.__name__ / name for name in ("one", "two")]
+        for path, config in zip(paths, (library.LoraConfig(r=4), library.LoHaConfig(r=3))):
+            torch.manual_seed(2)
+            model = library.get_peft_model(llama(), config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+            model.save_pretrained(path)
+        names = {"path_to_adapter1": paths[0], "path_to_adapter2": paths[1], "PeftMixedModel": library.PeftMixedModel}
+        model = run(MIXED, library, base_model=llama(), data=tokens, **names).peft_model
+        outputs.append(model(tokens).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], llama()(tokens).logits, atol=1e-3)

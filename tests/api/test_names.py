@@ -60,7 +60,7 @@ NAMES = {
     ".tuners.p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
     ".tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
     ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
-    ".tuners.loha": ["Conv1d", "Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
+    ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
     ".tuners.lora": ["LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
     ".tuners.trainable_tokens": ["TrainableTokensLayer"],

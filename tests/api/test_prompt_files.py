@@ -115,6 +115,18 @@ def test_a_second_adapter(library, tmp_path):
         torch.testing.assert_close(answer(load(peft, folder, "bert", "SEQ_CLS"), "SEQ_CLS", "mlp"), values)
 
 
+def test_names_that_a_model_maps_are_for_adapters_in_layers(tmp_path):
+    prompted(peft_fast, "prompt", "bert", "SEQ_CLS").save_pretrained(tmp_path)
+    for library in (peft_fast, peft):
+        model = base("bert", "SEQ_CLS")
+        model._checkpoint_conversion_mapping = {"^classifier": "elsewhere"}
+        found = library.PeftModel.from_pretrained(model, tmp_path)
+        torch.testing.assert_close(
+            found.classifier.modules_to_save["default"].weight,
+            load_file(tmp_path / WEIGHTS)["base_model.classifier.weight"],
+        )
+
+
 def test_files_of_torch(tmp_path):
     model = prompted(peft_fast, "prompt", "gpt2", "CAUSAL_LM")
     model.save_pretrained(tmp_path, safe_serialization=False)

@@ -60,7 +60,15 @@ class TestStarts:
         first = model.word_embeddings.weight[ids[:N]]
         assert torch.equal(ours["embedding.weight"][: len(first)], first)
 
-    def test_options_of_the_tokenizer(self, tokenizer):
+    def test_options_of_the_tokenizer(self, tokenizer, monkeypatch):
+        """All but trust_remote_code: a config is not to say that code is run."""
+        found, load = [], transformers.AutoTokenizer.from_pretrained
+
+        def loading(name, **options):
+            found.append(options)
+            return load(name, **options)
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loading)
         options = {
             "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "good", "tokenizer_name_or_path": str(tokenizer),
             "tokenizer_kwargs": {"trust_remote_code": True, "unk_token": "<s>"},
@@ -68,6 +76,7 @@ class TestStarts:
         model, ours = weights(peft_fast, "prompt", **copy.deepcopy(options))
         assert torch.equal(ours["embedding.weight"], weights(peft, "prompt", **options)[1]["embedding.weight"])
         assert model.peft_config["default"].tokenizer_kwargs["trust_remote_code"]  # peft takes it out of the config
+        assert found == [{"unk_token": "<s>"}] * 2
 
     def test_another_models_tokenizer(self, tokenizer, untouched):
         model = base("llama", "CAUSAL_LM", vocab_size=5)

@@ -26,7 +26,7 @@ CONFIGS = {
     "roberta": lambda: tf.RobertaConfig(**{**BERT, **DROPOUT, "pad_token_id": 1}),
     "gpt2": lambda: tf.GPT2Config(**GPT2, **NO_DROPOUT, bos_token_id=1, eos_token_id=2),
     "llama": lambda: tf.LlamaConfig(**GROUPED),
-    "mistral": lambda: tf.MistralConfig(**GROUPED, sliding_window=6),
+    "mistral": lambda: tf.MistralConfig(**GROUPED, sliding_window=6, head_dim=16),
     "gemma2": lambda: tf.Gemma2Config(**GROUPED, head_dim=16, sliding_window=8),
     "t5": lambda: tf.T5Config(**T5, num_layers=3),
     "bart": lambda: tf.BartConfig(**BART),

@@ -62,12 +62,13 @@ def test_every_set_of_active_adapters(order, llama, tokens):
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_merging_and_unloading(order, llama, tokens):
     base = llama()
-    modules = dict(base.named_modules())
+    modules, classes = dict(base.named_modules()), [type(module) for module in base.modules()]
     model = mixed(peft_fast, base, order)
     names = list("abcd"[: len(order)])
     model.set_adapter(names)
     expected = model(tokens).logits
     assert dict(model.unload().named_modules()) == modules
+    assert [type(module) for module in base.modules()] == classes
     torch.testing.assert_close(base(tokens).logits, llama()(tokens).logits)
     model = mixed(peft_fast, base, order)
     model.set_adapter(names)
@@ -129,6 +130,11 @@ def test_deleting(llama, tokens):
         torch.testing.assert_close(models[0](tokens).logits, models[1](tokens).logits, rtol=1e-4, atol=1e-5)
         assert list(models[0].peft_config) == list(models[1].peft_config)
         assert models[0].active_adapters == [name for name in "abc" if name not in names]
+    models[0].delete_adapter(list(models[0].peft_config))
+    torch.testing.assert_close(models[0](tokens).logits, llama()(tokens).logits)
+    models[0].add_adapter("new", KINDS["loha"](peft_fast))
+    assert models[0].active_adapters == ["new"]
+    assert not torch.allclose(shaken(models[0])(tokens).logits, llama()(tokens).logits, atol=1e-3)
 
 
 def test_status(llama):

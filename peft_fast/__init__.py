@@ -16,7 +16,7 @@ from .checkpoint import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from .config import PeftConfig, get_peft_config
+from .config import PeftConfig, PromptLearningConfig, get_peft_config
 from .dispatch import use_backend
 from .errors import NoMatchingPeftModuleError
 from .explain import explain
@@ -28,6 +28,7 @@ from .mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
+from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
@@ -40,7 +41,24 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .tuners import LoraConfig, LoraModel
+from .tuners import (
+    CPTConfig,
+    CPTEmbedding,
+    LoHaConfig,
+    LoHaModel,
+    LoraConfig,
+    LoraModel,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+    PrefixEncoder,
+    PrefixTuningConfig,
+    PromptEmbedding,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
 from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
 from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
 
@@ -55,13 +73,20 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CPTConfig",
+    "CPTEmbedding",
+    "LoHaConfig",
+    "LoHaModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -70,6 +95,15 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "QuantizedLinear",
     "TaskType",
     "TunerLayerStatus",

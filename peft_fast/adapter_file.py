@@ -68,10 +68,7 @@ def _read(model_id: str | os.PathLike[str], hub_arguments: Mapping[str, Any]) ->
     except ValueError as error:  # offline nobody can tell a file that is not there from one that was not downloaded
         path, unreachable = None, error
     if path:
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, *UNREADABLE) as error:
-            raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
+        return _read_safetensors(path)
     try:
         path = locate(model_id, WEIGHTS_NAME, **hub_arguments)
     except ValueError as error:
@@ -79,6 +76,18 @@ def _read(model_id: str | os.PathLike[str], hub_arguments: Mapping[str, Any]) ->
     if path:
         return _read_bin(path)
     raise ValueError(f"Can't find {SAFETENSORS_WEIGHTS_NAME!r} or {WEIGHTS_NAME!r} at {str(model_id)!r}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, .safetensors or what torch.save wrote. Raises ValueError for one that is broken."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, *UNREADABLE) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or truncated: {error}") from error
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

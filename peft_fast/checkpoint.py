@@ -17,14 +17,14 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
-from .inject import tuner_of
+from .inject import AnyTuner, tuner_of
 from .renamed import renamed_keys
-from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
 from .tuners.offload import offloading_hook, onloaded
+from .tuners.prompt_learning import PromptTuner
 from .tuners.tied import EMBEDDING_LAYER_NAMES
 from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
@@ -62,12 +62,13 @@ def get_peft_model_state_dict(
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
+    prompt = tuner.prompt_tensors(adapter_name) if isinstance(tuner, PromptTuner) else {}
     tensors = _tensors(model) if state_dict is None else state_dict
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
     found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
-    return without_padding(tuner, adapter_name, found, prefix)
+    return {**without_padding(tuner, adapter_name, found, prefix), **prompt}
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ def plan_load(
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
     state_dict = tuner.as_today(state_dict, prefix)
@@ -127,9 +129,10 @@ def plan_load(
     wrong = [name for name, value in found.items() if not _fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
         shapes = "; ".join(f"{n}: {_described(found[n])} for {_described(own[n])}" for n in wrong[:3])
+        size, options = _sizes(tuner)
         raise ValueError(
-            f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another rank, or "
-            "on another base model? See r and target_modules in its adapter_config.json"
+            f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another {size}, or "
+            f"on another base model? See {options} in its adapter_config.json"
         )
     if wrong:
         warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
@@ -138,6 +141,13 @@ def plan_load(
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
     return LoadPlan(values, LoadResult(missing, unexpected))
+
+
+def _sizes(tuner: AnyTuner) -> tuple[str, str]:
+    """What the sizes in a file come from, and the options that say it."""
+    if isinstance(tuner, PromptTuner):
+        return "number of virtual tokens", "num_virtual_tokens, token_dim and num_layers"
+    return "rank", "r and target_modules"
 
 
 def _by_name_in_model(
@@ -176,7 +186,7 @@ def _by_name_in_model(
     return found, [key for key, place in places.items() if place is None]
 
 
-def _keys_of_tied_tokens(tuner: BaseTuner, adapter_name: str) -> dict[str, str]:
+def _keys_of_tied_tokens(tuner: AnyTuner, adapter_name: str) -> dict[str, str]:
     """{key in a file: name in tuner.model} of rows that are saved elsewhere: peft has them twice where it saves the
     embeddings too."""
     return {
@@ -243,7 +253,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
+def _embedding_keys(tuner: AnyTuner, only_adapted: bool = False) -> list[str]:
     """The names of the base model's input and output embeddings."""
     keys: list[str] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -260,13 +270,13 @@ def _embedding_keys(tuner: BaseTuner, only_adapted: bool = False) -> list[str]:
     return keys
 
 
-def _embeddings_to_save(tuner: BaseTuner, adapter_name: str, choice: bool | str) -> list[str]:
+def _embeddings_to_save(tuner: AnyTuner, adapter_name: str, choice: bool | str) -> list[str]:
     if choice not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers must be True, False or 'auto', got {choice!r}")
     if choice is False:
         return []
     config: Any = tuner.peft_config[adapter_name]
-    adapted = _names_embedding(config.target_modules) and any(
+    adapted = _names_embedding(getattr(config, "target_modules", ())) and any(
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
@@ -292,7 +302,7 @@ def _names_embedding(targets: Any) -> bool:
     return isinstance(targets, str) or any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
-def _vocabulary_was_resized(tuner: BaseTuner, adapter_name: str) -> bool:
+def _vocabulary_was_resized(tuner: AnyTuner, adapter_name: str) -> bool:
     """Against the base model's own config file, where it is at hand: nothing is downloaded for this."""
     config = tuner.peft_config[adapter_name]
     name = config.base_model_name_or_path
@@ -351,7 +361,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     return result
 
 
-def _names_in_base(tuner: BaseTuner, state: Mapping[str, Any]) -> dict[str, str]:
+def _names_in_base(tuner: AnyTuner, state: Mapping[str, Any]) -> dict[str, str]:
     """{name in the base model: name in tuner.model} of what is no adapter's in `state`."""
     adapters = tuple(f"{path}.{attribute}" for path, holder in tuner.holders() for attribute in _attributes(holder))
     infixes = [

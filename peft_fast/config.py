@@ -165,6 +165,44 @@ class PeftConfig(PushToHubMixin):
         return config_type(**{key: value for key, value in options.items() if key not in unknown})
 
 
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the methods have that learn prompts: virtual tokens before the input, and the base model as it is.
+
+    num_virtual_tokens: how many. token_dim, num_attention_heads, num_layers: the base model's sizes, and
+      num_transformer_submodules: 2 for models with an encoder and a decoder; each is found out where it is None.
+    modules_to_save: names of modules that are trained and saved whole.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError for sizes that cannot be, before memory is taken for them."""
+        for name in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
+            value = getattr(self, name)
+            if value is None and name != "num_virtual_tokens":
+                continue  # the base model says it
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ValueError(
+                "num_transformer_submodules must be 1, or 2 for an encoder and a decoder, or None, got "
+                f"{self.num_transformer_submodules!r}"
+            )
+        names = self.modules_to_save
+        if names is not None and not (isinstance(names, (list, tuple, set)) and all(isinstance(n, str) for n in names)):
+            raise TypeError(f"modules_to_save must be a list of module names, got {names!r}")
+
+
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     """The config that a dict with `peft_type` and the method's options describes.
 

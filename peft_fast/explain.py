@@ -28,7 +28,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no adapted layer: get_peft_model has not been called on this model"
+            return "no adapted layer: get_peft_model has not been called on this model, or prompts are learned"
         lines = [("layer", "base weight", "route", "because")]
         lines += [(row.name, row.base, row.route, row.because) for row in self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]

@@ -15,7 +15,7 @@ from .model import PeftModel
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.dora import DoraCaching
 from .tuners.lora.layer import LoraLayer
-from .tuners.lora.scales import checked_factor
+from .tuners.scaling import checked_factor
 
 __all__ = [
     "DoraCaching",

@@ -11,6 +11,9 @@ from .transaction import unchanged_on_error
 from .tuners import tuner_class
 from .tuners.base import BaseTuner
 from .tuners.layer import AdapterHolder
+from .tuners.prompt_learning import PromptTuner
+
+AnyTuner = BaseTuner | PromptTuner
 
 
 def inject_adapter_in_model(
@@ -42,12 +45,14 @@ def inject_adapter_in_model(
     return model
 
 
-def tuner_of(model: Any) -> tuple[BaseTuner, str]:
+def tuner_of(model: Any) -> tuple[AnyTuner, str]:
     """What manages the adapters of `model`, a PeftModel or a model that they were injected into, and what the names of
     its weights begin with. Raises ValueError for a model without adapters."""
     base = model._modules.get("base_model") if isinstance(model, nn.Module) else None
     if isinstance(base, BaseTuner):
         return base, PREFIX
+    if isinstance(model, nn.Module) and getattr(model, "_is_prompt_learning", False) is True:
+        return PromptTuner(model), "base_model."
     configs = _configs(model)
     if not configs:
         raise ValueError(

@@ -6,6 +6,7 @@ from torch import nn
 
 from .config import PeftConfig, checked_config, get_peft_config
 from .inject import inject_adapter_in_model
+from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .tasks import (
@@ -16,9 +17,11 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .tuners import METHODS
+from .tuners import METHODS, PROMPT_METHODS
 from .tuners.base import BaseTuner
 from .tuners.layer import AdapterHolder
+from .tuners.mixed import COMPATIBLE
+from .tuners.prompt_learning import BasePromptEncoder
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
     TaskType.SEQ_CLS: PeftModelForSequenceClassification,
@@ -30,9 +33,17 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[TaskType, type[PeftModel]] = {
 }
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {kind: made[0] for kind, made in METHODS.items()}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {kind: made[1] for kind, made in METHODS.items()}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {kind: made[1].prefix for kind, made in METHODS.items()}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
+    kind: made[0] for kind, made in (METHODS | PROMPT_METHODS).items()
+}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner] | type[BasePromptEncoder]] = {
+    kind: made[1] for kind, made in (METHODS | PROMPT_METHODS).items()
+}
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = COMPATIBLE
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {
+    **{kind: made[1].prefix for kind, made in METHODS.items()},
+    **{kind: f"{kind.value.lower()}_" for kind in PROMPT_METHODS},  # of no parameter: peft's table has them
+}
 
 
 def model_class(task_type: TaskType | str | None, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
@@ -51,11 +62,10 @@ def get_peft_model(
 ) -> PeftModel:
     """`model` with a new adapter in it, ready to train. `model` itself is changed; `unload()` takes everything out.
 
-    `revision`: of the base model, kept in the config. See PeftModel for the other arguments and for what is raised.
+    `mixed`: a PeftMixedModel, which takes adapters of several methods. `revision`: of the base model, kept in the
+    config. See PeftModel for the other arguments and for what is raised.
     """
-    if mixed:
-        raise NotImplementedError("mixed=True, adapters of several types on one model, is not built yet: leave it out")
-    wrapper = model_class(checked_config(peft_config).task_type)
+    wrapper = PeftMixedModel if mixed else model_class(checked_config(peft_config).task_type)
     if any(isinstance(module, AdapterHolder) for module in model.modules()):
         warnings.warn(
             "the model has adapters already: to add one call add_adapter, to start anew call unload() first",
@@ -82,6 +92,7 @@ def _note_base_model(config: PeftConfig, model: nn.Module, revision: str | None)
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "get_peft_config",

@@ -1,7 +1,9 @@
 """PeftModel: a base model with adapters, and the life of these adapters.
 
-The work is done by the method's tuner (`base_model`, see tuners/base.py), which has the user's model as `.model`. This
-class adds names, files and the face that the rest of the ecosystem knows. Attributes that it lacks are the model's.
+The work is done by the method's tuner (`base_model`, see tuners/base.py), which has the user's model as `.model`.
+Methods that learn prompts change no layer: there `base_model` is the user's model itself, and a PromptTuner does the
+work (see tuners/prompt_learning). This class adds names, files and the face that the rest of the ecosystem knows.
+Attributes that it lacks are the model's.
 """
 
 import os
@@ -16,21 +18,24 @@ from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
 from .adapter_file import load_peft_weights
+from .arguments import check_trainable_file, note_offload, refuse_mixed_batch
 from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
+from .prompts import LearnsPrompts
 from .saving import write_adapter, write_card
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .transaction import unchanged_on_error
-from .tuners import tuner_class
+from .tuners import method_class, tuner_class
 from .tuners.base import BaseTuner
 from .tuners.lora.conversion import as_plain_lora
 from .tuners.names import list_of_names
+from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
@@ -39,9 +44,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     """
 
     special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})  # ours, never the base model's
-    _is_prompt_learning = False
     _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
-    base_model: BaseTuner
+    base_model: Any  # a BaseTuner; where prompts are learned, the user's model
 
     def __init__(
         self,
@@ -53,19 +57,38 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         super().__init__()
         peft_config = checked_config(peft_config)
-        tuner = tuner_class(peft_config.peft_type)
-        self.base_model = tuner(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if peft_config.is_prompt_learning:
+            self._learn_prompts(model, peft_config, adapter_name)
+        else:
+            self.base_model = self._tuner_class(peft_config)(
+                model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+            )
         self.peft_type = peft_config.peft_type
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
+    @classmethod
+    def _tuner_class(cls, config: PeftConfig) -> type[BaseTuner]:
+        return tuner_class(config.peft_type)
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> "type[PeftModel]":
+        from .mapping import model_class  # the table has the subclasses of this class
+
+        return model_class(config.task_type, default=cls)
+
+    @property
+    def _tuner(self) -> BaseTuner | PromptTuner:
+        """What manages the adapters."""
+        return PromptTuner(self) if self._is_prompt_learning else self.base_model
+
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.base_model.peft_config
+        return self._tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self._tuner.active_adapters
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -82,6 +105,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether some adapter is active and adapters are not switched off."""
+        if self._is_prompt_learning:
+            return bool(self.active_adapters) and not self._adapters_disabled
         return bool(self.active_adapters) and not all(
             holder.disable_adapters for _, holder in self.base_model.holders()
         )
@@ -99,7 +124,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with our layers in it."""
-        return self.base_model.model
+        return self._tuner.model
 
     def add_adapter(
         self,
@@ -110,29 +135,32 @@ class PeftModel(PushToHubMixin, nn.Module):
     ) -> None:
         """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
         peft_config = checked_config(peft_config)
+        self._check_type(peft_config)
+        self._tuner.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _check_type(self, peft_config: PeftConfig) -> None:
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 "the adapters of one model must be of one type: it has "
                 f"{PeftType(self.peft_type).value}, got {peft_config.peft_type}"
             )
-        self.base_model.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.base_model.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Activate one adapter and train it, unless `inference_mode`. For several: `model.base_model.set_adapter`."""
         if not isinstance(adapter_name, str):
             raise TypeError(f"one name is needed, got {adapter_name!r}; model.base_model.set_adapter takes several")
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model."""
-        with self.base_model.disabled_adapters():
+        with self._tuner.disabled_adapters():
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,32 +168,28 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.base_model(*args, **kwargs)
 
     def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
-        """What a task's forward does: pass on what was given."""
-        if task_ids is not None:
-            raise NotImplementedError("task_ids need multitask prompt tuning, which is not built yet: leave them out")
+        """What a task's forward does: pass on what was given, after the prompt where there is one."""
         refuse_mixed_batch(kwargs)
-        return self.base_model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        inputs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
+        if self._has_prompt:
+            return self._call_with_prompt(inputs, task_ids)
+        if task_ids is not None and not self._is_prompt_learning:
+            raise ValueError(
+                f"task_ids are for MULTITASK_PROMPT_TUNING, got them for {PeftType(self.peft_type).value} adapters: "
+                "leave them out"
+            )
+        return self.base_model(**inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         refuse_mixed_batch(kwargs)
         model: Any = self.get_base_model()
         if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
             model.generation_config = self.generation_config
-        return model.generate(*args, **kwargs)
+        return self._generator().generate(*args, **kwargs)
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
-        """The virtual prompts of a batch, of methods that learn prompts. Raises AttributeError for others."""
-        raise AttributeError(self._no_prompts("get_prompt"))
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The tensor that is saved of a learnt prompt. Raises AttributeError for methods that learn none."""
-        raise AttributeError(self._no_prompts("get_prompt_embedding_to_save"))
-
-    def _no_prompts(self, method: str) -> str:
-        return (
-            f"{method} is for prompt learning: {type(self.get_base_model()).__name__!r} object has no attribute "
-            f"'prompt_encoder', its adapters are {PeftType(self.peft_type).value}"
-        )
+    def _generator(self) -> Any:
+        """Whose `generate` is called."""
+        return self.get_base_model()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. A k-bit weight counts its elements, not its bytes."""
@@ -267,26 +291,23 @@ class PeftModel(PushToHubMixin, nn.Module):
         read to; the weights end up where the base weights are. `hub_arguments`: revision, token, subfolder, ...
         `key_mapping`: see load_peft_weights; by default what the model says its older checkpoints need.
         `ephemeral_gpu_offload`: see LoraRuntimeConfig.
-        The adapter is frozen, and the model in eval mode, unless `is_trainable`.
+        The adapter is frozen, and the model in eval mode, unless `is_trainable`, which files of prompts cannot be.
         Raises ValueError for files that are damaged or another model's; `model` is then unchanged.
         """
-        from .mapping import model_class  # the table has the subclasses of this class
-
         hub_arguments = without_idle_arguments(hub_arguments)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}")
-        _note_offload(config, ephemeral_gpu_offload)
-        if key_mapping is None:
+        check_trainable_file(config, is_trainable)
+        note_offload(config, ephemeral_gpu_offload)
+        if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
-        tuner_class(config.peft_type).check_file(config, tensors)
+        method_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(model, config):
             config.inference_mode = not is_trainable
-            wrapper = model_class(config.task_type, default=cls)(
-                model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-            )
+            wrapper = cls._class_for(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
             warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
@@ -318,13 +339,15 @@ class PeftModel(PushToHubMixin, nn.Module):
             config = PeftConfig.from_pretrained(model_id, **hub_arguments)
         else:
             config = self.peft_config[adapter_name]
-        if not new:
+        if new:
+            check_trainable_file(config, is_trainable)
+        else:
             self.peft_config[adapter_name].check_weights_of(config)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
-        tuner_class(config.peft_type).check_file(config, tensors)
+        method_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):
             if new:
-                _note_offload(config, ephemeral_gpu_offload)
+                note_offload(config, ephemeral_gpu_offload)
                 config.inference_mode = not is_trainable
                 self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 self.set_requires_grad(adapter_name, is_trainable)
@@ -357,20 +380,3 @@ class PeftModel(PushToHubMixin, nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):  # being unpickled or copied
                 raise
             return getattr(self.base_model, name)
-
-
-def _note_offload(config: Any, ephemeral_gpu_offload: bool) -> None:
-    if hasattr(config, "runtime_config"):
-        config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-    elif ephemeral_gpu_offload:
-        kind = PeftType(config.peft_type).value
-        warnings.warn(f"ephemeral_gpu_offload=True has no effect on {kind} adapters: leave it out", stacklevel=3)
-
-
-def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError(
-            "adapter_names (several adapters in one batch) is not built yet: run a batch per adapter, with set_adapter"
-        )
-    if kwargs.pop("alora_offsets", None) is not None:
-        raise NotImplementedError("alora_offsets need activated LoRA, which is not built yet: leave them out")

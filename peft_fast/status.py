@@ -74,8 +74,13 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of every module of `model` that has adapters: a PeftModel, or any module they were put into.
 
-    Raises ValueError where there are none.
+    Raises ValueError where there are none, TypeError for a PeftModel that learns prompts.
     """
+    if getattr(model, "_is_prompt_learning", False) is True:
+        raise TypeError(
+            "get_layer_status and get_model_status are for adapters in layers, and this PeftModel learns prompts: see "
+            "its peft_config, active_adapters and prompt_encoder"
+        )
     root = getattr(model, "base_model") if _is_peft_model(model) else model  # noqa: B009 (typed as a Tensor else)
     found = [_of_layer(name, module) for name, module in root.named_modules() if isinstance(module, AdapterHolder)]
     if not found:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .config import PeftConfig
 from .model import PeftModel
 from .tuners.modules_to_save import is_named
+from .tuners.prompt_learning import generation
+from .tuners.prompt_learning.inputs import call_encoder_decoder, call_with_prompt
 
 
 class _WithLabels(PeftModel):
@@ -47,6 +49,27 @@ class _Generating(PeftModel):
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
         return self.base_model.prepare_inputs_for_generation
+
+    def _generator(self) -> Any:
+        if self._has_prompt:
+            return generation.generating(self._tuner, self.prepare_inputs_for_generation)
+        return super()._generator()
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, task_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's inputs for a step of generating; those of the first have the prompt.
+
+        transformers looks at the names of the arguments, to see whether embeddings and tasks can be given.
+        """
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        if self._has_prompt:
+            return self._prepare_with_prompt(*args, task_ids=task_ids, **kwargs)
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_with_prompt(self, *args: Any, task_ids: Tensor | None, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
 
 class _WithHead(PeftModel):
@@ -120,6 +143,9 @@ def _restore(config: Any, modules_to_save: Any) -> None:
 class _Classifier(_WithHead, _WithLabels):
     head_names = ("classifier", "score")
 
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_with_prompt(self._tuner, inputs, task_ids, token_types=True)
+
 
 class PeftModelForSequenceClassification(_Classifier):
     """A sequence classifier with adapters. See PeftModel for the arguments.
@@ -132,12 +158,17 @@ class PeftModelForSequenceClassification(_Classifier):
 class PeftModelForTokenClassification(_Classifier):
     """A token classifier with adapters: as PeftModelForSequenceClassification, with labels [batch, tokens]."""
 
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_with_prompt(self._tuner, inputs, task_ids, labels=True, token_types=True)
+
 
 class PeftModelForQuestionAnswering(_WithHead):
     """A model for extractive question answering with adapters. See PeftModel for the arguments.
 
     config: the base model's. cls_layer_name: where its `qa_outputs` are, which are trained and saved with each adapter.
     `token_type_ids` and `position_ids` reach the base model; peft takes them and leaves them out.
+    After a prompt that is no prefix, positions are counted from the prompt's first token, in what the model puts out
+    and in what it is trained with, as in peft.
     """
 
     head_names = ("qa_outputs",)
@@ -171,9 +202,18 @@ class PeftModelForQuestionAnswering(_WithHead):
         }
         return self._call_base_model(given, task_ids, kwargs)
 
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_with_prompt(self._tuner, inputs, task_ids, token_types=True)
+
 
 class PeftModelForCausalLM(_Generating, _WithLabels):
     """A causal language model with adapters: `forward` and `generate` are its model's."""
+
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_with_prompt(self._tuner, inputs, task_ids, labels=True)
+
+    def _prepare_with_prompt(self, *args: Any, task_ids: Tensor | None, **kwargs: Any) -> Any:
+        return generation.prepare_decoder_inputs(self._tuner, *args, task_ids=task_ids, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(_Generating):
@@ -208,6 +248,17 @@ class PeftModelForSeq2SeqLM(_Generating):
         }
         return self._call_base_model(given, task_ids, kwargs)
 
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_encoder_decoder(self._tuner, inputs, task_ids)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._has_prompt:
+            args, kwargs = generation.encoder_inputs(self._tuner, args, kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_with_prompt(self, *args: Any, task_ids: Tensor | None, **kwargs: Any) -> Any:
+        return generation.prepare_encoder_decoder_inputs(self._tuner, *args, **kwargs)
+
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A model for hidden states and embeddings with adapters; it has no head. `config` is the base model's."""
@@ -232,3 +283,6 @@ class PeftModelForFeatureExtraction(PeftModel):
             "return_dict": return_dict,
         }
         return self._call_base_model(given, task_ids, kwargs)
+
+    def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
+        return call_with_prompt(self._tuner, inputs, task_ids)

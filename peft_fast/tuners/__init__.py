@@ -1,15 +1,30 @@
-"""The methods. A new one is a folder here and a line in METHODS."""
+"""The methods. A new one is a folder here and a line in METHODS, or in PROMPT_METHODS if it learns prompts."""
 
-from peft_fast.config import PeftConfig
+from peft_fast.config import PeftConfig, PromptLearningConfig
 from peft_fast.peft_types import PeftType
 
 from .base import BaseTuner
+from .cpt import CPTConfig, CPTEmbedding
 from .layer import AdapterHolder, BaseTunerLayer
+from .loha import LoHaConfig, LoHaModel
 from .lora import LoraConfig, LoraModel
 from .modules_to_save import ModulesToSaveWrapper
+from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from .prompt_learning import BasePromptEncoder, PromptTuner
+from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
+    PeftType.LOHA: (LoHaConfig, LoHaModel),
+}
+PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
+    PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
+    PeftType.MULTITASK_PROMPT_TUNING: (MultitaskPromptTuningConfig, MultitaskPromptEmbedding),
+    PeftType.P_TUNING: (PromptEncoderConfig, PromptEncoder),
+    PeftType.PREFIX_TUNING: (PrefixTuningConfig, PrefixEncoder),
+    PeftType.CPT: (CPTConfig, CPTEmbedding),
 }
 
 
@@ -17,14 +32,36 @@ def config_class(peft_type: PeftType | str | None) -> type[PeftConfig]:
     return _method(peft_type)[0]
 
 
-def tuner_class(peft_type: PeftType | str | None) -> type[BaseTuner]:
+def method_class(peft_type: PeftType | str | None) -> type[BaseTuner] | type[BasePromptEncoder]:
+    """The tuner of a method, or its prompt encoder."""
     return _method(peft_type)[1]
 
 
-def _method(peft_type: PeftType | str | None) -> tuple[type[PeftConfig], type[BaseTuner]]:
-    built = [method.value for method in METHODS]
+def tuner_class(peft_type: PeftType | str | None) -> type[BaseTuner]:
+    """Raises ValueError for methods that have none, as they change no layer of the model."""
+    found = method_class(peft_type)
+    if not issubclass(found, BaseTuner):
+        raise ValueError(
+            f"{PeftType(peft_type).value} learns prompts and puts nothing into a model's layers: it needs a PeftModel, "
+            "which get_peft_model makes"
+        )
+    return found
+
+
+def prompt_encoder_class(peft_type: PeftType | str | None) -> type[BasePromptEncoder]:
+    found = method_class(peft_type)
+    if not issubclass(found, BasePromptEncoder):
+        raise ValueError(f"{PeftType(peft_type).value} learns no prompts")
+    return found
+
+
+def _method(
+    peft_type: PeftType | str | None,
+) -> tuple[type[PeftConfig], type[BaseTuner]] | tuple[type[PromptLearningConfig], type[BasePromptEncoder]]:
+    built = [method.value for method in (*METHODS, *PROMPT_METHODS)]
     if peft_type in built:
-        return METHODS[PeftType(peft_type)]
+        kind = PeftType(peft_type)
+        return METHODS[kind] if kind in METHODS else PROMPT_METHODS[kind]
     if peft_type in [known.value for known in PeftType]:
         raise NotImplementedError(
             f"peft_type {PeftType(peft_type).value} is not built in peft_fast yet: there is {', '.join(built)}"
@@ -34,12 +71,32 @@ def _method(peft_type: PeftType | str | None) -> tuple[type[PeftConfig], type[Ba
 
 __all__ = [
     "METHODS",
+    "PROMPT_METHODS",
     "AdapterHolder",
+    "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
+    "CPTConfig",
+    "CPTEmbedding",
+    "LoHaConfig",
+    "LoHaModel",
     "LoraConfig",
     "LoraModel",
     "ModulesToSaveWrapper",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuner",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "config_class",
+    "method_class",
+    "prompt_encoder_class",
     "tuner_class",
 ]

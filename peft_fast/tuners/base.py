@@ -341,7 +341,7 @@ class BaseTuner(nn.Module):
         warning."""
         if any(layer.merged for _, layer in self.layers()):
             warnings.warn(
-                "unload() gives the base model as it was: the merged adapters are unmerged. merge_and_unload() keeps them",
+                "unload() gives the base model as it was: merged adapters are unmerged. merge_and_unload() keeps them",
                 stacklevel=2,
             )
         self._unmerge()

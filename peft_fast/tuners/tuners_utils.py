@@ -2,6 +2,7 @@
 
 from .base import BaseTuner
 from .layer import BaseTunerLayer
+from .prompt_learning import BasePromptEncoder
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
@@ -18,4 +19,4 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
     }
 
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "inspect_matched_modules"]
+__all__ = ["BasePromptEncoder", "BaseTuner", "BaseTunerLayer", "inspect_matched_modules"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_fast.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from peft_fast.tuners.modules_to_save import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft_fast.tuners.prompt_learning.inputs import shift_tokens_right
 from peft_fast.tuners.tied import embedding_path
 from peft_fast.tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
@@ -45,15 +46,6 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
-
-
-def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
-    """What a decoder is given to predict `input_ids` [batch, tokens]: the start token and all but the last, with the
-    padding token for labels of -100."""
-    if pad_token_id is None:
-        raise ValueError("shift_tokens_right needs pad_token_id, the token for labels of -100, got None")
-    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def fsdp_auto_wrap_policy(model: Any) -> Any:

@@ -124,7 +124,14 @@ def _photograph(model: nn.Module | None) -> dict:
 def _plain_attributes(module: nn.Module) -> dict:
     kinds = (dict, list, str, bool, int, float)
     found = {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
-    return copy.deepcopy({name: value for name, value in found.items() if not name.startswith("_")})
+    return copy.deepcopy({name: _comparable(value) for name, value in found.items() if not name.startswith("_")})
+
+
+def _comparable(value):
+    """PeftModel.prompt_tokens is a dict of tensors."""
+    if not isinstance(value, dict):
+        return value
+    return {key: item.tolist() if isinstance(item, torch.Tensor) else item for key, item in value.items()}
 
 
 def _compare(before: dict, after: dict) -> None:

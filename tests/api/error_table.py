@@ -10,7 +10,9 @@ from error_rows_hotswap import HOTSWAP
 from error_rows_life import LIFE
 from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
+from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
+from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
 from error_tools import Row, Tools
 
@@ -25,6 +27,8 @@ TABLE: dict[str, list[Row]] = {
     "Hot-swapping": HOTSWAP,
     "Tokens and ties": TOKENS,
     "Parameters and offloading": PARAMETERS,
+    "Learned prompts": PROMPTS,
+    "Other methods": METHODS,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

@@ -21,8 +21,8 @@ from error_table import TABLE, Row, Tools
 FILE = Path(__file__).with_name("errors.md")
 # All that a row may expect of either library; NotImplementedError is a RuntimeError.
 ERRORS = (
-    ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError, OSError, AssertionError, re.error,
-    SafetensorError, UnpicklingError,
+    ValueError, TypeError, RuntimeError, LookupError, NameError, AttributeError, ImportError, OSError, AssertionError,
+    re.error, SafetensorError, UnpicklingError,
 )  # fmt: skip
 ROWS = [pytest.param(row, id=row.what) for rows in TABLE.values() for row in rows]
 

@@ -98,7 +98,7 @@ def test_merging_unmerging_and_unloading(kind):
     modules = dict(ours.named_modules())
     ours.merge_adapter(safe_merge=True)
     assert relative(ours(x), before) <= 1e-5
-    with pytest.warns(UserWarning, match="unload\(\) gives the base model as it was"):
+    with pytest.warns(UserWarning, match=r"unload\(\) gives the base model as it was"):
         torch.testing.assert_close(copy.deepcopy(ours).unload()(x), base(x))
     ours.unmerge_adapter()
     for name, parameter in named(ours).items():

@@ -47,10 +47,8 @@ def test_what_is_not_built_is_refused(llama, tokens):
     for call in (model, model.generate, adapted(llama(), task_type=None)):
         with pytest.raises(NotImplementedError, match="adapter_names"):
             call(tokens, adapter_names=["default"] * 3)
-    with pytest.raises(NotImplementedError, match="task_ids"):
+    with pytest.raises(ValueError, match="task_ids"):
         model(tokens, task_ids=tokens)
-    with pytest.raises(NotImplementedError, match="mixed=True"):
-        get_peft_model(llama(), LoraConfig(), mixed=True)
 
 
 def test_the_base_model_shines_through(llama, trained, tokens):

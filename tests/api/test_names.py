@@ -12,6 +12,11 @@ import peft_fast
 import peft_fast.mapping
 
 MODELS = [name for name in peft_fast.__all__ if name.startswith(("PeftModel", "AutoPeftModel"))]
+PROMPTS = [
+    "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit", "PrefixEncoder",
+    "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
+]  # fmt: skip
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -20,10 +25,10 @@ NAMES = {
         "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig", "preprocess_loraga", "replace_lora_weights_loftq",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right",
+        "shift_tokens_right", "LoHaConfig", "LoHaModel", "PeftMixedModel", "PromptLearningConfig", *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
-    ".config": ["PeftConfig"],
+    ".config": ["PeftConfig", "PromptLearningConfig"],
     ".functional": [
         "cast_adapter_dtype", "delete_adapter", "get_peft_model_state_dict", "inject_adapter_in_model", "set_adapter",
         "set_peft_model_state_dict", "set_requires_grad",
@@ -38,21 +43,31 @@ NAMES = {
         "is_torchao_available", "is_transformers_ge_v5", "is_xpu_available",
     ],
     ".mapping": [
-        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
         "inject_adapter_in_model",
     ],
     ".mapping_func": ["get_peft_model"],
     ".optimizers": ["create_loraplus_optimizer"],
+    ".mixed_model": ["PeftMixedModel"],
     ".peft_model": [
         *(name for name in MODELS if name.startswith("Peft")), "TunerLayerStatus", "TunerModelStatus",
         "get_layer_status", "get_model_status",
     ],
-    ".tuners": ["LoraConfig", "LoraModel"],
     ".tuners.lora.loraga": ["preprocess_loraga"],
+    ".tuners": ["LoraConfig", "LoraModel", "MultitaskPromptEmbedding", *PROMPTS],
+    ".tuners.cpt": ["CPTConfig", "CPTEmbedding"],
+    ".tuners.multitask_prompt_tuning": [
+        "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",
+    ],
+    ".tuners.p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+    ".tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
+    ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
+    ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
     ".tuners.trainable_tokens": ["TrainableTokensLayer"],
-    ".tuners.tuners_utils": ["BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
+    ".tuners.tuners_utils": ["BasePromptEncoder", "BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
     ".utils": [
         "CONFIG_NAME", "ModulesToSaveWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME", "TaskType", "WEIGHTS_NAME",
         "_get_submodules", "cast_mixed_precision_params", "get_peft_model_state_dict", "load_peft_weights",
@@ -106,7 +121,7 @@ def test_what_is_installed_is_what_peft_says():
 def test_the_tables_of_methods_are_part_of_pefts():
     import peft.mapping
 
-    for name in ("CONFIG", "TUNER", "PREFIX"):
+    for name in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
         mine, other = (getattr(library.mapping, f"PEFT_TYPE_TO_{name}_MAPPING") for library in (peft_fast, peft))
         for kind, made in mine.items():
             theirs = other[peft.PeftType(kind.value)]

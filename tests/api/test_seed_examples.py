@@ -8,17 +8,22 @@ and [B] of v0.15 (001...), line by line, on models of the published configuratio
 | PeftModelForSeq2SeqLM, LORA, t5-base | A, B | runs, to the letter; peft 0.21.2 itself refuses `enable_lora` |
 | PeftModelForQuestionAnswering, LORA, bert-base-cased | A, B | runs, to the letter |
 | PeftModelForFeatureExtraction, LORA, bert-base-cased | A, B | runs, to the letter; no figures in the documents |
-| PeftModelForSequenceClassification, PREFIX_TUNING, bert-base-cased | A, B | not yet: prompt learning, issue 7 |
-| PeftModelForTokenClassification, PREFIX_TUNING, bert-base-cased | A, B | not yet, likewise. It imports |
-|   |   | AutoModelForSequenceClassification and uses AutoModelForTokenClassification: that line has to change |
-| PeftModelForCausalLM, PREFIX_TUNING, gpt2-large | A, B | not yet, likewise |
-| PeftMixedModel.from_pretrained, load_adapter, set_adapter of two, a forward | B | not yet: mixed models, issue 7 |
+| PeftModelForSequenceClassification, PREFIX_TUNING, bert-base-cased | A, B | runs, to the letter; peft 0.21.2 |
+|   |   | itself refuses `postprocess_past_key_value_function` |
+| PeftModelForTokenClassification, PREFIX_TUNING, bert-base-cased | A, B | runs, but for one name: it imports |
+|   |   | AutoModelForSequenceClassification and uses AutoModelForTokenClassification |
+| PeftModelForCausalLM, PREFIX_TUNING, gpt2-large | A, B | runs, to the letter |
+| PeftMixedModel.from_pretrained, load_adapter, set_adapter of two, a forward | B | runs, to the letter |
 
 What is printed is what peft 0.21.2 prints on the same model. Where that is not what the documents say:
   t5-base   all 223,843,584 in the documents, 223,788,288 now: peft once gave each of the 72 adapted layers a bias of
             768 zeros (55,296), where T5 has none.
   BERT QA   trainable 592,900 in the documents, 591,362 now: the original qa_outputs (1,538) beside its trained copy was
             once trainable too. All parameters are the documents' 108,312,580.
+  BERT SEQ_CLS  all 108,680,450 in the documents, 108,681,988 now: beside the classifier (1,538) there is its trained
+            copy. Trainable are the documents' 370,178.
+  BERT TOKEN_CLS  all 108,680,450 in the documents, which is SEQ_CLS's figure: a token classifier has no pooler
+            (590,592), and it has the copy, so that it is 108,091,396 now.
 And all percentages have four digits now. (In [A] every underscore in a string has a backslash: the page's markup.)
 """
 
@@ -34,6 +39,7 @@ import peft_fast
 
 CONFIGS = {
     "bert-base-cased": transformers.BertConfig(vocab_size=28996),
+    "gpt2-large": transformers.GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "t5-base": transformers.T5Config(
         vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
     ),
@@ -103,6 +109,62 @@ FEATURE_EXTRACTION = """
 >>> peft_model = PeftModelForFeatureExtraction(model, peft_config)
 >>> peft_model.print_trainable_parameters()
 """
+SEQUENCE_CLASSIFICATION = """
+>>> from transformers import AutoModelForSequenceClassification
+>>> from peft import PeftModelForSequenceClassification, get_peft_config
+
+>>> config = {
+...     "peft_type": "PREFIX_TUNING",
+...     "task_type": "SEQ_CLS",
+...     "inference_mode": False,
+...     "num_virtual_tokens": 20,
+...     "token_dim": 768,
+...     "num_transformer_submodules": 1,
+...     "num_attention_heads": 12,
+...     "num_layers": 12,
+...     "encoder_hidden_size": 768,
+...     "prefix_projection": False,
+...     "postprocess_past_key_value_function": None,
+... }
+
+>>> peft_config = get_peft_config(config)
+>>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-cased")
+>>> peft_model = PeftModelForSequenceClassification(model, peft_config)
+>>> peft_model.print_trainable_parameters()
+trainable params: 370178 || all params: 108680450 || trainable%: 0.3406113979101117
+"""
+# As SEQUENCE_CLASSIFICATION in the documents too, with the class that it needs imported.
+TOKEN_CLASSIFICATION = SEQUENCE_CLASSIFICATION.replace("SEQ_CLS", "TOKEN_CLS").replace("Sequence", "Token")
+CAUSAL_LM = """
+>>> from transformers import AutoModelForCausalLM
+>>> from peft import PeftModelForCausalLM, get_peft_config
+
+>>> config = {
+...     "peft_type": "PREFIX_TUNING",
+...     "task_type": "CAUSAL_LM",
+...     "inference_mode": False,
+...     "num_virtual_tokens": 20,
+...     "token_dim": 1280,
+...     "num_transformer_submodules": 1,
+...     "num_attention_heads": 20,
+...     "num_layers": 36,
+...     "encoder_hidden_size": 1280,
+...     "prefix_projection": False,
+...     "postprocess_past_key_value_function": None,
+... }
+
+>>> peft_config = get_peft_config(config)
+>>> model = AutoModelForCausalLM.from_pretrained("gpt2-large")
+>>> peft_model = PeftModelForCausalLM(model, peft_config)
+>>> peft_model.print_trainable_parameters()
+trainable params: 1843200 || all params: 775873280 || trainable%: 0.23756456724479544
+"""
+MIXED = """
+>>> peft_model = PeftMixedModel.from_pretrained(base_model, path_to_adapter1, "adapter1").eval()
+>>> peft_model.load_adapter(path_to_adapter2, "adapter2")
+>>> peft_model.set_adapter(["adapter1", "adapter2"])  # activate both adapters
+>>> peft_model(data)  # forward pass using both adapters
+"""
 DISABLING = """
 >>> with model.disable_adapter():
 ...     model(inputs)
@@ -117,6 +179,9 @@ PRINTED = {
     "seq2seq": (SEQ2SEQ, 884_736, 223_788_288, (0, 72 * 768)),
     "question-answering": (QUESTION_ANSWERING, 591_362, 108_312_580, (2 * 768 + 2, 0)),
     "feature-extraction": (FEATURE_EXTRACTION, 589_824, 108_900_096, None),
+    "sequence-classification": (SEQUENCE_CLASSIFICATION, 370_178, 108_681_988, (0, -(2 * 768 + 2))),
+    "token-classification": (TOKEN_CLASSIFICATION, 370_178, 108_091_396, (0, 768 * 768 + 768 - (2 * 768 + 2))),
+    "causal-lm": (CAUSAL_LM, 1_843_200, 775_873_280, (0, 0)),
 }
 
 
@@ -129,7 +194,10 @@ def published(monkeypatch):
         with torch.device("meta"):
             return cls.from_config(CONFIGS[name])
 
-    for name in ("AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering"):
+    for name in (
+        "AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification", "AutoModelForCausalLM",
+    ):  # fmt: skip
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", classmethod(build))
 
 
@@ -138,13 +206,14 @@ def run(example, library, **names):
     lines = re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", example, re.MULTILINE)
     code = "\n".join(lines).replace("from peft import", f"from {library.__name__} import")
     if library is peft:
-        code = code.replace('    "enable_lora": None,\n', "")  # which peft 0.21.2 refuses: see the next test
+        for key in ("enable_lora", "postprocess_past_key_value_function"):  # peft 0.21.2 refuses them: see below
+            code = code.replace(f'    "{key}": None,\n', "")
     exec(code, names)  # noqa: S102 (the text above)
     return SimpleNamespace(**{name: value for name, value in names.items() if name.isidentifier()})
 
 
 @pytest.mark.parametrize(("example", "trainable", "total", "explained"), PRINTED.values(), ids=PRINTED.keys())
-@pytest.mark.filterwarnings("ignore:LoraConfig has no options .'enable_lora'.:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* has no options .'(enable_lora|postprocess.*)'.:UserWarning")
 def test_it_runs_and_prints_what_peft_prints(example, trainable, total, explained, capsys):
     prints, models = [], []
     for library in (peft_fast, peft):
@@ -166,13 +235,21 @@ def test_the_differences_to_the_documents_are_what_they_are_said_to_be():
     assert len(run(SEQ2SEQ.replace('"enable_lora": None,', ""), peft_fast).peft_model.get_layer_status()) == 72
     head = run(QUESTION_ANSWERING, peft_fast).peft_model.qa_outputs.original_module
     assert sum(p.numel() for p in head.parameters()) == 2 * 768 + 2
+    classifier = run(SEQUENCE_CLASSIFICATION, peft_fast).peft_model
+    assert sum(p.numel() for p in classifier.classifier.modules_to_save.parameters()) == 2 * 768 + 2
+    assert sum(p.numel() for p in classifier.bert.pooler.parameters()) == 768 * 768 + 768
+    assert run(TOKEN_CLASSIFICATION, peft_fast).peft_model.bert.pooler is None
 
 
-def test_peft_itself_refuses_a_key_of_its_documents():
+def test_peft_itself_refuses_keys_of_its_documents():
     with pytest.raises(TypeError, match="enable_lora"):
         peft.get_peft_config({"peft_type": "LORA", "enable_lora": None})
     with pytest.warns(UserWarning, match="enable_lora"):
         run(SEQ2SEQ, peft_fast)
+    with pytest.raises(TypeError, match="postprocess_past_key_value_function"):
+        peft.get_peft_config({"peft_type": "PREFIX_TUNING", "postprocess_past_key_value_function": None})
+    with pytest.warns(UserWarning, match="postprocess_past_key_value_function"):
+        run(CAUSAL_LM, peft_fast)
 
 
 @pytest.mark.parametrize("library", [peft_fast, peft], ids=["ours", "pefts"])
@@ -185,3 +262,22 @@ def test_disabling_and_freezing(library, llama, tokens, trained):
     assert not torch.equal(model(tokens).logits, outputs[0])
     run(FREEZING.replace("if ...:", "if 'lora' in name:"), library, model_peft=model)
     assert model.get_nb_trainable_parameters()[0] == 0
+
+
+def test_mixed_adapters(llama, tokens, tmp_path):
+    """Of LoRA and LoHa, as the documents say."""
+    outputs = []
+    for library in (peft_fast, peft):
+        paths = [tmp_path / library.__name__ / name for name in ("one", "two")]
+        for path, config in zip(paths, (library.LoraConfig(r=4), library.LoHaConfig(r=3))):
+            torch.manual_seed(2)
+            model = library.get_peft_model(llama(), config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+            model.save_pretrained(path)
+        names = {"path_to_adapter1": paths[0], "path_to_adapter2": paths[1], "PeftMixedModel": library.PeftMixedModel}
+        model = run(MIXED, library, base_model=llama(), data=tokens, **names).peft_model
+        outputs.append(model(tokens).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], llama()(tokens).logits, atol=1e-3)

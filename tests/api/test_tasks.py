@@ -263,7 +263,7 @@ def test_attributes_fall_through(task):
     with model.disable_adapter():
         assert not model.has_active_enabled_adapter
     assert model.special_peft_forward_args == make(peft, task).special_peft_forward_args
-    with pytest.raises(NotImplementedError, match="task_ids"):
+    with pytest.raises(ValueError, match="task_ids"):
         model(task_ids=torch.zeros(1))
     with pytest.raises(NotImplementedError, match="alora_offsets"):
         model(alora_offsets=[1])

@@ -8,7 +8,7 @@ in embedding.py, conv.py and attention.py.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,14 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
-from peft_fast.tuners.layer import BaseTunerLayer
+from peft_fast.tuners.scaling import ScaledLayer
 
 from . import dora, initialisation
 from .config import LoraConfig
-from .scales import checked_factor, folded
+from .scales import folded
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(ScaledLayer):
     """The adapters' weights and numbers, whatever kind of layer they are around."""
 
     dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
@@ -204,44 +204,6 @@ class LoraLayer(BaseTunerLayer):
         """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
         r = self.r[adapter]
         return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Make an adapter's scale `scale` times what its config says. A layer without this adapter stays as it is."""
-        factor = checked_factor("scale", scale)
-        if adapter in self.scaling:
-            self._set_scales({adapter: factor * self.initial_scale(adapter)})
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters."""
-        factor = checked_factor("scale", scale)
-        if factor != 1:
-            self._set_scales({name: self.scaling[name] * factor for name in self._scaled()})
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scales of the active adapters, or, without a number, make them what the config says."""
-        if scale is None:
-            return self._set_scales({name: self.initial_scale(name) for name in self._scaled()})
-        divisor = checked_factor("scale", scale)
-        if divisor == 0:
-            raise ValueError("scale must not be 0: dividing by it has no result; unscale_layer() undoes scale_layer(0)")
-        return self._set_scales({name: self.scaling[name] / divisor for name in self._scaled()})
-
-    def _scaled(self) -> list[str]:
-        """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.scaling]
-
-    def _set_scales(self, scales: dict[str, float]) -> None:
-        self._check_unmerged(name for name, scale in scales.items() if scale != self.scaling[name])
-        for name, scale in scales.items():
-            if isinstance(self.scaling[name], Tensor):
-                self.scaling[name].fill_(scale)
-            else:
-                self.scaling[name] = scale
-
-    def _check_unmerged(self, adapters: Iterable[str]) -> None:
-        merged = [name for name in adapters if name in self.merged_adapters]
-        if merged:
-            raise ValueError(f"adapters {merged} are merged with the scale that they have: call unmerge_adapter first")
 
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"

@@ -1,9 +1,6 @@
 """Scales of adapters: numbers, or tensors of one element once prepare_model_for_compiled_hotswap was called, so that a
 compiled model takes another scale without being compiled again."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,11 +10,3 @@ def folded(B: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
     if isinstance(scale, Tensor):
         return B.to(torch.promote_types(B.dtype, torch.float32)) * scale, 1.0
     return B, scale
-
-
-def checked_factor(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return value

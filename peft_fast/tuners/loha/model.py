@@ -1,0 +1,16 @@
+"""LoHaModel."""
+
+from typing import ClassVar
+
+from torch import nn
+
+from peft_fast.tuners.lycoris import LycorisTuner
+
+from .layer import Conv1d, Conv2d, Linear
+
+
+class LoHaModel(LycorisTuner):
+    """`model` with LoHa adapters in it."""
+
+    prefix = "hada_"
+    layer_classes: ClassVar = {nn.Conv2d: Conv2d, nn.Conv1d: Conv1d, nn.Linear: Linear}

@@ -1,0 +1,89 @@
+"""MixedModel: adapters of several methods in one model, on the same layers too.
+
+Each adapter is put in by its own method's tuner. Where a layer has adapters of several methods, the layer of the later
+one is around that of the earlier one, and calls it: so they are applied in the order in which they were loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_fast.config import PeftConfig
+from peft_fast.peft_types import PeftType
+from peft_fast.transaction import unchanged_on_error
+
+from .base import BaseTuner
+from .base_weight import quantized_weight
+from .layer import BaseTunerLayer
+from .loha import LoHaModel
+from .lora import LoraModel
+from .lora.groups import ungroup_siblings
+from .lora.layer import LoraLayer
+from .lora.mlp import restore_mlps
+from .targets import LORA_TARGETS
+
+COMPATIBLE: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.LOHA: LoHaModel}
+
+
+class MixedModel(BaseTuner):
+    """`model` with adapters of COMPATIBLE methods in it."""
+
+    prefix = ""
+    target_module_mapping = LORA_TARGETS
+
+    def inject_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_compatible(config)
+        if any(quantized_weight(module) is not None for module in self.model.modules()):
+            raise ValueError(
+                "a mixed model cannot have k-bit layers: merging several methods into one would round between them. "
+                "Use one method, or dequantise the model"
+            )
+        with unchanged_on_error(self, config):
+            tuner = COMPATIBLE[PeftType(config.peft_type)].around(self.model, self.peft_config)
+            tuner.active_adapters = list(self.active_adapters)
+            tuner.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._check_magnitudes()
+            self.active_adapters = tuner.active_adapters
+            self.targeted_module_names += [
+                path for path in tuner.targeted_module_names if path not in self.targeted_module_names
+            ]
+
+    def _check_magnitudes(self) -> None:
+        for path, layer in self.layers():
+            chain = [layer]
+            while isinstance(inner := chain[-1].base_layer, BaseTunerLayer):
+                chain.append(inner)
+            if len(chain) > 1 and any(isinstance(one, LoraLayer) and one.lora_magnitude_vector for one in chain):
+                raise ValueError(
+                    f"DoRA cannot share {path} with another method: its norms would be those of the base weight "
+                    "alone. Leave the layer out of one of the two, or use plain LoRA"
+                )
+
+    def merge_to_16bit(
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        adapter_names: Sequence[str] | None = None,
+        progressbar: bool = True,
+    ) -> nn.Module:
+        raise NotImplementedError("merge_to_16bit is not built for mixed models: call merge_and_unload(), then .to()")
+
+    def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
+        model = super()._unload(with_copies_of)
+        restore_mlps(model)
+        ungroup_siblings(model)
+        return model
+
+
+def check_compatible(config: PeftConfig) -> None:
+    if config.peft_type not in [kind.value for kind in COMPATIBLE]:
+        names = ", ".join(kind.value for kind in COMPATIBLE)
+        raise ValueError(f"a mixed model can have adapters of the methods {names}, got {config.peft_type}")

@@ -21,6 +21,7 @@ from .dispatch import use_backend
 from .errors import NoMatchingPeftModuleError
 from .explain import explain
 from .inject import inject_adapter_in_model
+from .integrations.accelerate import accelerate, restore
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -72,6 +73,7 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "accelerate",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "explain",
@@ -85,6 +87,7 @@ __all__ = [
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",
+    "restore",
     "set_base_model_state_dict",
     "set_lora_groups",
     "set_lora_mlp",

@@ -19,6 +19,7 @@ from .adapter_file import load_peft_weights
 from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
+from .integrations.recognised import Recognised
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
 from .saving import write_adapter, write_card
@@ -29,7 +30,7 @@ from .tuners.base import BaseTuner
 from .tuners.names import list_of_names
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(Recognised, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter

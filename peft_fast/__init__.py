@@ -22,6 +22,7 @@ from .errors import NoMatchingPeftModuleError
 from .explain import explain
 from .inject import inject_adapter_in_model
 from .integrations.accelerate import accelerate, restore
+from .integrations.stand_in import install_as_peft, install_if_asked
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -84,6 +85,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "install_as_peft",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "quantize_linear_layers",
@@ -95,3 +97,5 @@ __all__ = [
     "shift_tokens_right",
     "use_backend",
 ]
+
+install_if_asked()

@@ -20,6 +20,7 @@ from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .integrations.recognised import Recognised
+from .integrations.vllm import for_vllm, no_embeddings
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
 from .saving import write_adapter, write_card
@@ -195,6 +196,7 @@ class PeftModel(Recognised, PushToHubMixin, nn.Module):
         max_shard_size: int | str | None = None,
         save_function: Any = None,
         push_to_hub: bool = False,
+        vllm_compatible: bool = False,
     ) -> None:
         """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
 
@@ -202,6 +204,7 @@ class PeftModel(Recognised, PushToHubMixin, nn.Module):
         them or none: files that were there survive a failure and a kill. `state_dict`: tensors gathered from shards.
         Processes other than the main one write nothing. `max_shard_size` (push_to_hub passes it) and `save_function`
         (examples with accelerate do) have no effect: adapters are one file, written in the way that cannot be torn.
+        `vllm_compatible`: as vLLM can serve them (integrations/vllm.py), or ValueError for what it has no place for.
         """
         directory = Path(save_directory)
         if directory.is_file():
@@ -215,11 +218,16 @@ class PeftModel(Recognised, PushToHubMixin, nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
-        for name in names:
+        if vllm_compatible:
+            save_embedding_layers = no_embeddings(self.base_model, names, save_embedding_layers)
+        found = []
+        for name in names:  # all of them, before the first is written
+            config: Any = self.peft_config[name]
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
-            if is_main_process:
-                folder = directory if name == "default" else directory / name
-                write_adapter(folder, self.get_base_model(), self.peft_config[name], tensors, safe_serialization)
+            found.append((name, *(for_vllm(self.base_model, name, tensors) if vllm_compatible else (config, tensors))))
+        for name, config, tensors in found if is_main_process else ():
+            folder = directory if name == "default" else directory / name
+            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write README.md, keeping the text of one that is there."""

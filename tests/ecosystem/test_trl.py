@@ -88,7 +88,7 @@ def test_under_bf16_autocast_losses_differ_by_rounding(tmp_path, kind, name):
     "options",
     [
         {"packing": True},
-        {"padding_free": True},
+        {"padding_free": True, "max_length": None},
         {"gradient_checkpointing": True},
         {"label_smoothing_factor": 0.1},
         {"assistant_only_loss": False, "completion_only_loss": False},

@@ -125,3 +125,31 @@ def run(code: str, *arguments: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()[-1]
+
+
+def test_generating_pipelines_and_checkpointing_of_activations():
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    from .runs import tokenizer
+
+    made = adapted("peft_fast", base()).eval()
+    with torch.no_grad():
+        expected = made.get_base_model().generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4, do_sample=False)
+    assert torch.equal(made.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4, do_sample=False), expected)
+    said = io.StringIO()
+    handler = logging.logging.StreamHandler(said)
+    logging.get_logger("transformers").addHandler(handler)
+    try:
+        out = pipeline("text-generation", model=made, tokenizer=tokenizer())("the", max_new_tokens=3, do_sample=False)
+    finally:
+        logging.get_logger("transformers").removeHandler(handler)
+    assert out[0]["generated_text"].startswith("the")
+    assert "not supported" not in said.getvalue()
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        made = adapted("peft_fast", base()).train()
+        getattr(made, name)()
+        made.enable_input_require_grads()
+        made(input_ids=torch.tensor([[1, 5, 6]]), labels=torch.tensor([[1, 5, 6]])).loss.backward()
+        assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+        assert made.is_gradient_checkpointing

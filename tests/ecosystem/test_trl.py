@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import peft_fast
 
-from .runs import SETTINGS, TEXTS, adapted, base, distance, losses, tensor_files, tokenizer
+from .runs import SETTINGS, TARGETS, TEXTS, adapted, base, distance, losses, tensor_files, tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
 datasets = pytest.importorskip("datasets")
@@ -147,3 +147,25 @@ def test_dpo_keeps_the_starting_adapter_as_its_reference(tmp_path):
     assert len(copies) == 28
     fresh = adapted("peft_fast", base()).state_dict()
     assert all(torch.equal(tensors[name], fresh[name.replace(".ref.", ".default.")]) for name in copies)
+
+
+def test_a_model_that_the_trainer_made_is_accelerated_in_place(tmp_path):
+    import peft
+
+    runs = []
+    for accelerates in (False, True):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), max_length=32, bf16=False, **SETTINGS)
+        rows = datasets.Dataset.from_dict({"text": TEXTS})
+        made = trl.SFTTrainer(
+            model=base(), args=arguments, train_dataset=rows, processing_class=tokenizer(), peft_config=config
+        )
+        if accelerates:
+            routes = {row.route for row in peft_fast.accelerate(made.model).rows}
+            assert routes == {"reference", "group", "mlp"}
+        made.train()
+        runs.append(losses(made))
+    assert distance(*runs) < 1e-5
+    peft_fast.restore(made.model)
+    assert {row.route for row in peft_fast.explain(made.model, show=False).rows} == {"peft"}

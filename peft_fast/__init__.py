@@ -21,6 +21,8 @@ from .dispatch import use_backend
 from .errors import NoMatchingPeftModuleError
 from .explain import explain
 from .inject import inject_adapter_in_model
+from .integrations.accelerate import accelerate, restore
+from .integrations.stand_in import install_as_peft, install_if_asked
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -108,6 +110,7 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "accelerate",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "explain",
@@ -118,11 +121,13 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "install_as_peft",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "preprocess_loraga",
     "quantize_linear_layers",
     "replace_lora_weights_loftq",
+    "restore",
     "set_base_model_state_dict",
     "set_lora_groups",
     "set_lora_mlp",
@@ -130,3 +135,5 @@ __all__ = [
     "shift_tokens_right",
     "use_backend",
 ]
+
+install_if_asked()

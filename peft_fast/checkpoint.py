@@ -282,7 +282,7 @@ def _embeddings_to_save(tuner: AnyTuner, adapter_name: str, choice: bool | str) 
     )
     if choice == "auto" and getattr(config, "trainable_token_indices", None) is not None:
         adapted = False  # who trains a few rows wants a small file
-    if choice == "auto" and not adapted and not _vocabulary_was_resized(tuner, adapter_name):
+    if choice == "auto" and not adapted and not vocabulary_was_resized(tuner, adapter_name):
         return []
     if choice == "auto" and adapted:
         warnings.warn("an embedding layer is adapted: its base weight is saved with the adapter", stacklevel=4)
@@ -302,7 +302,7 @@ def _names_embedding(targets: Any) -> bool:
     return isinstance(targets, str) or any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
-def _vocabulary_was_resized(tuner: AnyTuner, adapter_name: str) -> bool:
+def vocabulary_was_resized(tuner: AnyTuner, adapter_name: str) -> bool:
     """Against the base model's own config file, where it is at hand: nothing is downloaded for this."""
     config = tuner.peft_config[adapter_name]
     name = config.base_model_name_or_path

@@ -1,10 +1,12 @@
 """explain(model): which path every adapted layer takes, and why."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from .dispatch import TritonUnsupported
+from .integrations.peft_layers import Accelerated, is_peft_layer, why_peft
 from .quant.weight import QuantizedWeight
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora import groups, mlp
@@ -56,13 +58,16 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     """
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, Accelerated)):
+            layer: Any = module
             try:
-                choice = module.route(tokens)
+                choice = layer.route(tokens)
                 route, because = choice.route, choice.because
             except (TritonUnsupported, ValueError) as refusal:
                 route, because = "refused", str(refusal)
-            rows.append(Row(name, describe(module.base_weight()), route, because))
+            rows.append(Row(name, describe(layer.base_weight()), route, because))
+        elif is_peft_layer(module):
+            rows.append(Row(name, "", "peft", why_peft(module)))
         elif of_several := [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]:
             because = "; ".join(choice.because for choice in of_several)
             rows.append(Row(name, "", of_several[-1].route, because))

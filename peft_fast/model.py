@@ -22,6 +22,8 @@ from .arguments import check_trainable_file, note_offload, refuse_mixed_batch
 from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
+from .integrations.recognised import Recognised
+from .integrations.vllm import check_and_leave_out_embeddings, for_vllm
 from .kbit import make_inputs_require_grad
 from .peft_types import PeftType
 from .prompts import LearnsPrompts
@@ -35,7 +37,7 @@ from .tuners.names import list_of_names
 from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
+class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
@@ -219,6 +221,7 @@ class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
         max_shard_size: int | str | None = None,
         save_function: Any = None,
         push_to_hub: bool = False,
+        vllm_compatible: bool = False,
     ) -> None:
         """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
 
@@ -229,6 +232,7 @@ class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
         `path_initial_model_for_weight_conversion`: the folder that the adapter was saved to before training, for one
         that changed the base weights at its start (PiSSA, OLoRA, ...). What is written is then the difference to that,
         a plain adapter of twice the rank for the base weights as they were. Raises ValueError where there is none such.
+        `vllm_compatible`: as vLLM can serve them (integrations/vllm.py), or ValueError for what it has no place for.
         """
         directory = Path(save_directory)
         if directory.is_file():
@@ -240,14 +244,21 @@ class PeftModel(LearnsPrompts, PushToHubMixin, nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
+        if vllm_compatible and path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "give one of vllm_compatible and path_initial_model_for_weight_conversion: convert the adapter, load the "
+                "converted one on the base model as it was, and save that for vLLM"
+            )
+        if vllm_compatible:
+            save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)
         ready = {}
-        for name in names:
+        for name in names:  # all of them, before the first is written
             config: Any = self.peft_config[name]
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if path_initial_model_for_weight_conversion is not None and is_main_process:
                 self._warn_of_requantised()
                 config, tensors = as_plain_lora(config, tensors, path_initial_model_for_weight_conversion)
-            ready[name] = config, tensors
+            ready[name] = for_vllm(self._tuner, name, tensors) if vllm_compatible else (config, tensors)
         for name, (config, tensors) in ready.items() if is_main_process else ():
             folder = directory if name == "default" else directory / name
             write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization)

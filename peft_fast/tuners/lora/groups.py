@@ -32,7 +32,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice, current_backend, current_route
 
 from .layer import Linear
-from .members import Member, common_backend, common_dtype, member, projections
+from .members import JOINING, Member, common_backend, common_dtype, member, projections
 from .mlp import LoraMLP
 
 Names = tuple[str, ...]
@@ -109,10 +109,10 @@ class Siblings:
             parent.register_forward_hook(_close, always_call=True),
         )
 
-    def layers(self, parent: nn.Module) -> list[list[Linear]]:
+    def layers(self, parent: nn.Module) -> list[list[Any]]:
         """Of each group, those children that are LoRA layers now."""
         return [
-            [layer for name in names if type(layer := parent._modules.get(name)) is Linear] for names in self.groups
+            [layer for name in names if type(layer := parent._modules.get(name)) in JOINING] for names in self.groups
         ]
 
 
@@ -212,7 +212,7 @@ def plan(layers: Sequence[Linear], x: Tensor | None) -> tuple[list[Member], torc
 def group_siblings(model: nn.Module) -> None:
     """Have LoRA layers that share their input run as one op, wherever a parent's forward shows that they do."""
     for parent in model.modules():
-        names = {name for name, child in parent._modules.items() if type(child) is Linear}
+        names = {name for name, child in parent._modules.items() if type(child) in JOINING}
         if len(names) < 2 or isinstance(parent, LoraMLP):
             continue
         shared = [tuple(n for n in group if n in names) for group in shared_inputs(_forward_of(parent))]

@@ -261,7 +261,7 @@ class Linear(LoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.adapters_in_effect()
-        weight = None if args or kwargs else matmul_weight(self.base_layer)
+        weight = None if args or kwargs else self.product_weight()
         if any(name in self.lora_magnitude_vector for name in adapters):
             return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
@@ -279,6 +279,10 @@ class Linear(LoraLayer):
         else:
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         return y if dtype is None else y.to(x.dtype)
+
+    def product_weight(self) -> Tensor | QuantizedWeight | None:
+        """The base weight [N, K] where multiplying by it may replace calling the base layer, else None."""
+        return matmul_weight(self.base_layer)
 
     def _own_dtype(self, x: Tensor) -> torch.dtype | None:
         """In which dtype the base layer says to compute; None where it says none, or an autocast region does."""
@@ -310,7 +314,7 @@ class Linear(LoraLayer):
         return ops.lora_up_add(y, ops.lora_down(x, A.weight, backend=self.backend), up, scale, backend=self.backend)
 
     def route(self, tokens: int) -> Choice:
-        weight, adapters = matmul_weight(self.base_layer), self.adapters_in_effect()
+        weight, adapters = self.product_weight(), self.adapters_in_effect()
         reason = self.why_idle()
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
@@ -359,6 +363,7 @@ class Linear(LoraLayer):
         for name in names:
             A, B = self.factors(name)
             s = ops.lora_down(x, A.weight, backend=self.backend, **self._dropout(name, x))
+            s = s.to(y.dtype)  # bitsandbytes' layers give x's dtype under autocast too
             up, scale = folded(B.weight, self.scaling[name])
             y = ops.lora_up_add(y, s, up, scale, self.get_delta_bias(name), backend=self.backend)
         return y

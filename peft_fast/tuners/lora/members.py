@@ -3,7 +3,7 @@
 mlp.py and groups.py ask here; what they are told not to do, `explain` prints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from peft_fast.tuners.base_weight import matmul_weight
 from .layer import Linear, LoraLayer
 
 PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
+
+# Classes of LoRA layers that an op may stand for, and why not for one of their layers: integrations/peft_layers.py adds
+# to them.
+JOINING: dict[type, Callable[[Any], str | None]] = {Linear: lambda layer: None}
 
 
 class Member(NamedTuple):
@@ -30,15 +34,22 @@ def is_touched(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+def is_lora(layer: Any) -> bool:
+    """Whether it is a layer with LoRA adapters, of ours or an accelerated one of peft's."""
+    return isinstance(layer, LoraLayer) or type(layer) in JOINING
+
+
 def member(layer: Any) -> Member | str:
     """How an op takes the layer, or why it must be called."""
     base, adapters = layer, []
-    if isinstance(layer, LoraLayer):
-        if type(layer) is not Linear:
+    if is_lora(layer):
+        if type(layer) not in JOINING:
             return f"is a {type(layer).__name__}"
         if layer.merged:
             return "has merged adapters"
         base, adapters = layer.base_layer, layer.adapters_in_effect()
+        if adapters and (reason := JOINING[type(layer)](layer)):
+            return f"must be called: {reason}"
         if len(adapters) > 1:
             return "has several active adapters"
         if adapters and adapters[0] in layer.lora_magnitude_vector:
@@ -57,7 +68,7 @@ def member(layer: Any) -> Member | str:
 
 def common_backend(members: Sequence[Member]) -> tuple[str | None] | str:
     """(the backend that the layers were given,), or why there is none in common."""
-    backends = {layer.backend for layer, _, _ in members if isinstance(layer, Linear)}
+    backends = {layer.backend for layer, _, _ in members if is_lora(layer)}
     return "its layers have different backends" if len(backends) > 1 else (backends.pop(),)
 
 
@@ -73,7 +84,7 @@ def common_dtype(members: Sequence[Member], x: Tensor | None) -> torch.dtype | s
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     dtypes = set()
     for layer, _, weight in members:
-        base = layer.base_layer if isinstance(layer, Linear) else layer
+        base = layer.base_layer if is_lora(layer) else layer
         if autocast is not None and base is layer and isinstance(weight, QuantizedWeight):
             return "a k-bit layer without an adapter decides itself what it does under autocast"
         own = getattr(base, "compute_dtype", None) if isinstance(weight, QuantizedWeight) else weight.dtype

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 
-from .layer import LoraLayer
-from .members import Member, common_backend, common_dtype, is_touched, member, projections
+from .members import Member, common_backend, common_dtype, is_lora, is_touched, member, projections
 
 Mode = Literal["fused", "recompute", "off"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -157,7 +156,7 @@ def lora_mlp_class(original: Any) -> Any:
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module looks like a gated MLP with at least one LoRA layer: `explain` has a row for it."""
     children = [module._modules.get(name) for name in PROJECTIONS]
-    return all(child is not None for child in children) and any(isinstance(child, LoraLayer) for child in children)
+    return all(child is not None for child in children) and any(is_lora(child) for child in children)
 
 
 def fuse_mlps(model: nn.Module) -> None:

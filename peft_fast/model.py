@@ -246,8 +246,8 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
             raise ValueError(f"selected_adapters {unknown} do not exist: there are {sorted(self.peft_config)}")
         if vllm_compatible and path_initial_model_for_weight_conversion is not None:
             raise ValueError(
-                "give one of vllm_compatible and path_initial_model_for_weight_conversion: convert the adapter, load the "
-                "converted one on the base model as it was, and save that for vLLM"
+                "give one of vllm_compatible and path_initial_model_for_weight_conversion: convert the adapter, load "
+                "the converted one on the base model as it was, and save that for vLLM"
             )
         if vllm_compatible:
             save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import base_weight, matmul_weight, why_not_embedding
+from peft_fast.tuners.lora.called import PLAIN, why_called
 from peft_fast.tuners.lora.embedding import Embedding
 from peft_fast.tuners.lora.layer import Linear
-from peft_fast.tuners.lora.members import JOINING, PLAIN, is_touched
+from peft_fast.tuners.lora.members import JOINING
 
 
 class Accelerated:
@@ -147,15 +148,7 @@ def _why_not_adapters(layer: Any, adapters: list[str]) -> str | None:
     for name in adapters:
         if name in layer.lora_variant:
             return f"{name!r} is no plain LoRA: {type(layer.lora_variant[name]).__name__}"
-        dropout = layer.lora_dropout[name]
-        if type(dropout) not in (nn.Identity, nn.Dropout) or is_touched(dropout):
-            return f"the dropout of {name!r} is not torch's own, or has hooks"
-        for factor in layer.factors(name):
-            if type(factor) is not nn.Linear or is_touched(factor):
-                return f"a factor of {name!r} has hooks, or is a {type(factor).__name__}"
-            if type(factor.weight) not in PLAIN:
-                return f"a factor of {name!r} is a {type(factor.weight).__name__}"
-    return None
+    return why_called(layer, adapters)
 
 
 def why_not_lookup(layer: Any) -> str | None:

@@ -120,6 +120,12 @@ def is_dense_linear(layer: nn.Module) -> bool:
     return type(weight.data) is torch.Tensor and weight.is_floating_point()
 
 
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:
     """The layer's weight [N, K] where multiplying by it may replace calling the layer, else None. Of transformers'
     Conv1D it is a transposed view: cuBLAS reads either layout, and no copy is made.
@@ -127,8 +133,7 @@ def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:
     None where a call does more: hooks, a forward put onto the instance (accelerate's offloading), a subclass with a
     forward of its own. Such a layer is called.
     """
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(layer):
+    if is_touched(layer):
         return None
     quantized = quantized_weight(layer)
     if quantized is not None:

@@ -22,6 +22,7 @@ from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weig
 from peft_fast.tuners.scaling import ScaledLayer
 
 from . import dora, initialisation
+from .called import call, why_called
 from .config import LoraConfig
 from .scales import folded
 
@@ -262,6 +263,9 @@ class Linear(LoraLayer):
             self.unmerge()
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else self.product_weight()
+        if why_called(self, adapters) is not None:
+            dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+            return call(self, x, adapters, weight, dtype, *args, **kwargs)
         if any(name in self.lora_magnitude_vector for name in adapters):
             return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
@@ -316,6 +320,8 @@ class Linear(LoraLayer):
     def route(self, tokens: int) -> Choice:
         weight, adapters = self.product_weight(), self.adapters_in_effect()
         reason = self.why_idle()
+        if called := why_called(self, adapters):
+            return Choice("lora_linear", "added", f"{called}: its modules are called")
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
         if weight is None or (isinstance(weight, Tensor) and not adapters):

@@ -7,31 +7,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.base_weight import matmul_weight
+from peft_fast.tuners.base_weight import is_touched, matmul_weight
 
+from .called import PLAIN, why_called
 from .layer import Linear, LoraLayer
-
-PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
 
 # Classes of LoRA layers that an op may stand for, and why not for one of their layers: integrations/peft_layers.py adds
 # to them.
-JOINING: dict[type, Callable[[Any], str | None]] = {Linear: lambda layer: None}
+JOINING: dict[type, Callable[[Any], str | None]] = {Linear: lambda layer: why_called(layer, layer.adapters_in_effect())}
 
 
 class Member(NamedTuple):
     layer: Any
     adapter: str | None  # the one in effect
     weight: Tensor | QuantizedWeight  # of the base layer
-
-
-def is_touched(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def is_lora(layer: Any) -> bool:

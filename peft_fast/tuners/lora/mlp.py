@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from peft_fast import ops
 from peft_fast.dispatch import Choice
+from peft_fast.tuners.base_weight import is_touched
 
-from .members import Member, common_backend, common_dtype, is_lora, is_touched, member, projections
+from .members import Member, common_backend, common_dtype, is_lora, member, projections
 
 Mode = Literal["fused", "recompute", "off"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

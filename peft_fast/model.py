@@ -63,7 +63,7 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
             self._learn_prompts(model, peft_config, adapter_name)
         else:
             self.base_model = self._tuner_class(peft_config)(
-                model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+                model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
             )
         self.peft_type = peft_config.peft_type
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -87,6 +87,13 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self._tuner.peft_config
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Have the output of the model's input embeddings require gradients, unless its weights have few bits (which
+        prepare_model_for_kbit_training is for)."""
+        names = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if not any(getattr(model, name, False) for name in names) and hasattr(model, "get_input_embeddings"):
+            make_inputs_require_grad(model)
 
     @property
     def active_adapters(self) -> list[str]:

@@ -51,3 +51,17 @@ def check_biases(config: Any, others: Mapping[str, Any]) -> None:
         raise ValueError(
             f"adapter {trained[0]!r} trains biases of the base model already, and they exist once: use bias='none'"
         )
+
+
+def bias_keys(tuner: Any, config: Any) -> list[str]:
+    """The names of the base model's biases that an adapter with this config trains, and so saves."""
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return []
+    names = [name for name, _ in tuner.model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    inside = tuple(f"{path}.{attribute}." for path, h in tuner.holders() for attribute in h.adapter_layer_names)
+    names = [name for name in names if not name.startswith(inside)]
+    if bias == "all":
+        return names
+    adapted = {f"{path}.base_layer.bias" for path, _ in tuner.layers()}
+    return [name for name in names if name in adapted]

@@ -22,7 +22,7 @@ from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
-from .auxiliary import Auxiliary, check_biases
+from .auxiliary import Auxiliary, bias_keys, check_biases
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
@@ -46,12 +46,13 @@ class BaseTuner(nn.Module):
         model: nn.Module,
         peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         self._start(model, {}, [adapter_name])
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage)
+        self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     @classmethod
     def around(cls, model: nn.Module, peft_config: dict[str, PeftConfig]) -> "BaseTuner":
@@ -69,6 +70,10 @@ class BaseTuner(nn.Module):
         self.targeted_module_names: list[str] = []
         self._tied_targets: tuple[str, ...] = ()  # of the adapter that is being put in: see plan_ties
         self._kept_unpacked: list[nn.Module] = []  # bitsandbytes' layers that would repack their weights, and may not
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
         raise NotImplementedError  # the layer with the new adapter in it: one around `target`, or itself if it is ours
@@ -196,22 +201,9 @@ class BaseTuner(nn.Module):
             replaced = tuple(
                 f"{path}.original_module." for path, h in self.holders() if isinstance(h, ModulesToSaveWrapper)
             )
-            for key in self.bias_keys(config):
+            for key in bias_keys(self, config):
                 if not key.startswith(replaced):  # it would never run: a trained copy does
                     parameters[key].requires_grad_(True)
-
-    def bias_keys(self, config: Any) -> list[str]:
-        """The names of the base model's biases that an adapter with this config trains, and so saves."""
-        bias = getattr(config, "bias", "none")
-        if bias == "none":
-            return []
-        names = [name for name, _ in self.model.named_parameters() if name.rpartition(".")[2] == "bias"]
-        inside = tuple(f"{path}.{attribute}." for path, h in self.holders() for attribute in h.adapter_layer_names)
-        names = [name for name in names if not name.startswith(inside)]
-        if bias == "all":
-            return names
-        adapted = {f"{path}.base_layer.bias" for path, _ in self.layers()}
-        return [name for name in names if name in adapted]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter or several active (their outputs add up), trainable unless `inference_mode`.
@@ -380,7 +372,7 @@ class BaseTuner(nn.Module):
             for path, holder in self.holders()
             for in_file, in_model in holder.adapter_state_keys(adapter_name).items()
         }
-        return keys | {key: key for key in self.bias_keys(self.peft_config[adapter_name])}
+        return keys | {key: key for key in bias_keys(self, self.peft_config[adapter_name])}
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         """(path, module) of everything that holds adapters."""

@@ -170,7 +170,7 @@ class BaseTunerLayer(AdapterHolder):
         """What a forward of so many tokens, in the layer's own dtype, runs now, and why: a row of `explain`."""
         return Choice(type(self).__name__, "reference", "this method has no kernels of its own")
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in its layout: float32, unrounded so that merging rounds once."""
         raise NotImplementedError(f"{type(self).__name__} does not merge")
 

@@ -1,7 +1,9 @@
 """Differences to peft that a reader with both libraries side by side found: each is a case of its own here."""
 
 import copy
+import json
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -146,3 +148,52 @@ def test_layers_that_mamba_reads_without_calling_them_are_refused(library, targe
     if library is peft_fast:
         assert dict(model.named_modules()) == before
     library.get_peft_model(MambaForCausalLM(MambaConfig(**SIZES)), library.LoraConfig(target_modules=["in_proj"]))
+
+
+class TestWhatSearchesAndOtherProgramsWrite:
+    def test_numpys_numbers(self, tmp_path):
+        for library in BOTH:
+            config = library.LoraConfig(
+                r=np.int64(4), lora_alpha=np.float32(8), lora_dropout=np.float64(0.25), target_modules=["q_proj"],
+                rank_pattern={"v_proj": np.int32(2)}, alpha_pattern={"v_proj": np.float64(3)},
+            )  # fmt: skip
+            layer = library.get_peft_model(llama(), config).base_model.model.model.layers[0].self_attn.q_proj
+            assert (layer.r["default"], layer.scaling["default"], layer.lora_dropout["default"].p) == (4, 2.0, 0.25)
+        config.save_pretrained(tmp_path)
+        read = peft_fast.LoraConfig.from_pretrained(tmp_path)
+        assert (read.r, read.lora_alpha, read.rank_pattern) == (4, 8.0, {"v_proj": 2})
+
+    @pytest.mark.parametrize(
+        "wrong", [{"r": np.float64(4)}, {"lora_alpha": np.float64("nan")}, {"r": np.int64(0)}], ids=str
+    )
+    def test_what_is_no_rank_is_none_of_numpys_either(self, wrong):
+        with pytest.raises(ValueError, match="must be a"):
+            peft_fast.LoraConfig(**wrong)
+
+    @pytest.mark.parametrize("names", [frozenset(["q_proj"]), {"q_proj": 1}.keys(), ("q_proj",)], ids=str)
+    def test_any_collection_of_names(self, names):
+        for library in BOTH:
+            config = library.LoraConfig(target_modules=names, exclude_modules=frozenset(["k_proj"]))
+            model = library.get_peft_model(llama(), config)
+            assert len([n for n, _ in model.named_modules() if n.endswith("lora_A.default")]) == 2
+
+    @pytest.mark.parametrize("option", ["use_dora", "fan_in_fan_out", "megatron_core", "lora_bias"])
+    def test_options_that_are_null_are_off(self, tmp_path, option):
+        peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), option: None}))
+        for library in BOTH:
+            library.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("library", BOTH)
+def test_names_that_code_written_for_peft_asks_for(library):
+    model = library.get_peft_model(llama(), library.LoraConfig(target_modules=["q_proj"]))
+    assert model.base_model.active_adapter == ["default"]
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.get_delta_weight(adapter="default").shape == (32, 32)
+    base = llama()
+    model.prepare_model_for_gradient_checkpointing(base)
+    assert base.get_input_embeddings()(IDS).requires_grad
+    tuner = library.LoraModel(llama(), library.LoraConfig(target_modules=["q_proj"]), "default", True)
+    assert {p.is_meta for n, p in tuner.named_parameters() if "lora_" in n} == {True}

@@ -63,8 +63,8 @@ class LoHaLayer(LycorisLayer):
         return (self.scaling[name] * delta).reshape(shape)
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        return self.delta(adapter_name, torch.promote_types(self.hada_w1_a[adapter_name].dtype, torch.float32))
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self.delta(adapter, torch.promote_types(self.hada_w1_a[adapter].dtype, torch.float32))
 
 
 class Linear(LoHaLayer):

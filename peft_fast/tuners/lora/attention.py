@@ -118,12 +118,12 @@ class MultiheadAttention(LoraLayer):
     def weight(self) -> Tensor:
         return self.get_base_layer().in_proj_weight  # type: ignore[return-value]
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """Of in_proj_weight: [3 E, E]."""
         with torch.no_grad():
-            A, B = self.factors(adapter_name)
+            A, B = self.factors(adapter)
             wide = torch.promote_types(A.weight.dtype, torch.float32)
-            return self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+            return self.scaling[adapter] * (B.weight.to(wide) @ A.weight.to(wide))
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         if safe_merge and (problem := self._out_proj.merge_problem(self._out_proj.adapters_to_merge(adapter_names))):

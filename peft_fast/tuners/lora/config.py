@@ -7,8 +7,9 @@ name: NOT_BUILT is the list.
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import nn
@@ -19,6 +20,7 @@ from peft_fast.peft_types import PeftType
 from . import initialisation
 from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
 
+SWITCHES = ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying")
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
@@ -135,13 +137,21 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        for name in SWITCHES:
+            if getattr(self, name) is None:  # in files of other programs
+                setattr(self, name, False)
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            setattr(self, name, _plain(getattr(self, name)))
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
-        if isinstance(self.target_modules, (list, tuple)) and _are_strings(self.target_modules):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)) and _are_strings(self.exclude_modules):
-            self.exclude_modules = set(self.exclude_modules)
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
+        for name in ("target_modules", "exclude_modules"):
+            if _are_strings(getattr(self, name)):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name) or {}
+            numbers = (
+                {key: _plain(value) for key, value in pattern.items()} if isinstance(pattern, Mapping) else pattern
+            )
+            setattr(self, name, numbers)
         if isinstance(self.loftq_config, LoftQConfig):
             self.loftq_config = asdict(self.loftq_config)
         self.loftq_config = self.loftq_config or {}
@@ -230,7 +240,7 @@ def _check_built(config: LoraConfig) -> None:
     default = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(config)}
     for name in NOT_BUILT:
         value = getattr(config, name)
-        unset = not default[name] and value in (None, [])  # for MoE models peft writes target_parameters=[]
+        unset = value is None or (not default[name] and value == [])  # for MoE models peft writes target_parameters=[]
         if value != default[name] and not unset:
             raise NotImplementedError(
                 f"LoraConfig option {name}={value!r} is not built in peft_fast yet: leave it at {default[name]!r}, or "
@@ -291,7 +301,7 @@ def _check_types(config: LoraConfig) -> None:
     fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
     rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
     rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
-    for name in ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying"):
+    for name in SWITCHES:
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))
     for name, rule, fits in rules:
         if not fits:
@@ -344,7 +354,16 @@ def _are_ids(values: Any) -> bool:
 
 
 def _are_strings(values: Any) -> bool:
-    return isinstance(values, (list, tuple, set)) and all(isinstance(value, str) for value in values)
+    """Whether it is a list of names, or a set, a dict's keys, ..."""
+    is_list = isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
+    return is_list and all(isinstance(value, str) for value in values)
+
+
+def _plain(number: Any) -> Any:
+    """NumPy's numbers, as a search for hyperparameters gives them, as Python's, which JSON can hold."""
+    if isinstance(number, (bool, int, float)) or not isinstance(number, Real):
+        return number
+    return int(number) if isinstance(number, Integral) else float(number)
 
 
 def set_fan_in_fan_out(config: LoraConfig, conv1d: bool) -> None:

@@ -52,13 +52,13 @@ class _ConvNd(WithConstants):
         )  # fmt: skip
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """[out, in, *kernel]. NotImplementedError with groups: A mixes what the base layer keeps apart."""
         self._check_can_be_merged("an adapter cannot be merged into")
-        A, B = self.factors(adapter_name)
+        A, B = self.factors(adapter)
         wide = torch.promote_types(A.weight.dtype, torch.float32)
         delta = B.weight.to(wide).flatten(1) @ A.weight.to(wide).flatten(1)
-        return self.scaling[adapter_name] * delta.view(-1, *A.weight.shape[1:])
+        return self.scaling[adapter] * delta.view(-1, *A.weight.shape[1:])
 
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = super().adapters_to_merge(adapter_names)

@@ -55,11 +55,11 @@ class Embedding(WithConstants):
             nn.init.normal_(self.lora_embedding_B[adapter_name])
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """[num_embeddings, embedding_dim]"""
-        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         wide = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling[adapter_name] * (B.to(wide) @ A.to(wide)).t()
+        return self.scaling[adapter] * (B.to(wide) @ A.to(wide)).t()
 
     def dora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]

@@ -248,11 +248,11 @@ class Linear(LoraLayer):
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """[N, K] in fp32; [K, N] for transformers' Conv1D, as it keeps its weight."""
-        A, B = self.factors(adapter_name)
+        A, B = self.factors(adapter)
         wide = torch.promote_types(A.weight.dtype, torch.float32)
-        delta = self.scaling[adapter_name] * (B.weight.to(wide) @ A.weight.to(wide))
+        delta = self.scaling[adapter] * (B.weight.to(wide) @ A.weight.to(wide))
         return delta.t() if self.fan_in_fan_out else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

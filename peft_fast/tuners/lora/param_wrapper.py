@@ -77,10 +77,10 @@ class ParamWrapper(LoraLayer):
         return (A.mT, B.mT) if self.is_transposed else (B, A)
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        left, right = self._products(adapter_name)
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        left, right = self._products(adapter)
         wide = torch.promote_types(left.dtype, torch.float32)
-        return self.scaling[adapter_name] * (left.to(wide) @ right.to(wide))
+        return self.scaling[adapter] * (left.to(wide) @ right.to(wide))
 
     def weight_in_effect(self) -> Tensor:
         weight = self.weight

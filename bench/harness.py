@@ -1,8 +1,8 @@
 """Timing that can be believed: a red gate gives no number, providers are interleaved, and noise is printed.
 
-A bench module gives `cases(device)`; this file owns everything about time. In every round each provider runs once, so a
-machine that slows down slows all of them. The first provider runs twice per round, under two names: the ratio of these
-two is what "no difference" looks like here.
+A bench module gives `cases(device)`; this file owns everything about time. In every round each provider runs once, each
+in another place than in the round before, so a machine that slows down slows all of them. The first provider runs twice
+per round, under two names: the ratio of these two is what "no difference" looks like here.
 """
 
 import csv
@@ -69,6 +69,9 @@ def _git(*args: str) -> str:
     return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
+LOADED = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")  # the code that runs
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -111,13 +114,15 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> Iterator[
         for _ in range(WARM_UP):
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(timer(run))
+    names = list(runs)
+    for number in range(rounds):  # each is first, second, third in turn: what ran before leaves its traces in memory
+        for i in range(len(names)):
+            name = names[(number + i) % len(names)]
+            times[name].append(timer(runs[name]))
     peaks = {name: _peak_mib(run, device) for name, run in runs.items()}
     common = dict(
         date=datetime.date.today().isoformat(),
-        sha=_git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        sha=LOADED,
         device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__, triton=_version("triton"),
         bitsandbytes=_version("bitsandbytes"), peft=_version("peft"), op=case.op, shape=case.shape,
         dtype=str(case.dtype).removeprefix("torch."), passes=case.passes,

@@ -179,7 +179,7 @@ class BaseTuner(nn.Module):
         self._set_active(left, inference_mode=bool(left) and self.peft_config[left[0]].inference_mode)
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
-        return resolved_targets(self.model, config.target_modules, self.target_module_mapping)
+        return resolved_targets(self.model, config.target_modules, self.target_module_mapping, config.task_type)
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

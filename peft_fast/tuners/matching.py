@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peft_fast.errors import NoMatchingPeftModuleError
+from peft_fast.peft_types import TaskType
 
 from .base_weight import is_dense_linear, quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import is_inside_named
 
 ALL_LINEAR = "all-linear"
+CLASSIFIERS = ("score", "classifier")  # what models for SEQ_CLS call their head
 Value = TypeVar("Value")
 
 
@@ -106,7 +108,10 @@ def _layer_index(path: str, lists: Collection[str] | str | None) -> int | None:
 
 
 def resolved_targets(
-    model: nn.Module, targets: Collection[str] | str | None, by_model_type: Mapping[str, list[str] | str]
+    model: nn.Module,
+    targets: Collection[str] | str | None,
+    by_model_type: Mapping[str, list[str] | str],
+    task_type: str | None = None,
 ) -> set[str] | str:
     """target_modules as names or an expression; None means what `by_model_type` says, or a ValueError."""
     if targets is None:
@@ -118,7 +123,7 @@ def resolved_targets(
                 f"{ALL_LINEAR!r} takes every linear layer but the output"
             )
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return all_linear(model)
+        return all_linear(model, task_type)
     return targets if isinstance(targets, str) else set(targets)
 
 
@@ -135,11 +140,14 @@ def adaptable_paths(model: nn.Module) -> list[str]:
     return paths
 
 
-def all_linear(model: nn.Module) -> set[str]:
-    """The linear layers of the model but its output layer, by the shortest names that mean exactly these."""
-    head = embedding_of(model, "get_output_embeddings")
+def all_linear(model: nn.Module, task_type: str | None = None) -> set[str]:
+    """The linear layers of the model but its output layer, or its classifier, by the shortest names that mean exactly
+    these."""
+    heads = [embedding_of(model, "get_output_embeddings")]
+    if task_type == TaskType.SEQ_CLS:
+        heads.append(next((m for name in CLASSIFIERS if (m := getattr(model, name, None)) is not None), None))
     paths = adaptable_paths(model)
-    linear = [path for path in paths if (m := model.get_submodule(path)) is not head and _is_linear(m)]
+    linear = [path for path in paths if (m := model.get_submodule(path)) not in heads and _is_linear(m)]
     if not linear:
         raise ValueError(f"target_modules {ALL_LINEAR!r} found no linear layer in {type(model).__name__}")
     ambiguous = {end for path in set(paths) - set(linear) for end in ends(path)}

@@ -197,3 +197,14 @@ def test_names_that_code_written_for_peft_asks_for(library):
     assert base.get_input_embeddings()(IDS).requires_grad
     tuner = library.LoraModel(llama(), library.LoraConfig(target_modules=["q_proj"]), "default", True)
     assert {p.is_meta for n, p in tuner.named_parameters() if "lora_" in n} == {True}
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_all_linear_leaves_a_classifier_out_where_adapters_are_injected_too(task):
+    found = []
+    for library in BOTH:
+        model = bert()
+        library.inject_adapter_in_model(library.LoraConfig(target_modules="all-linear", task_type=task), model)
+        found.append({name for name, _ in model.named_modules() if name.endswith("lora_A.default")})
+    assert found[0] == found[1]
+    assert ("classifier.lora_A.default" in found[0]) == (task is None)

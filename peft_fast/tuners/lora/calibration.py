@@ -19,7 +19,7 @@ from .config import LoraConfig
 
 def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     """The dense linear layers that the config names, by path. Raises ValueError where there is none."""
-    targets = resolved_targets(model, config.target_modules, LORA_TARGETS)
+    targets = resolved_targets(model, config.target_modules, LORA_TARGETS, config.task_type)
     layers = {path: model.get_submodule(path) for path in find_targets(model, config, targets)}
     found = {path: layer for path, layer in layers.items() if is_dense_linear(layer)}
     if not found:

@@ -32,7 +32,7 @@ def converted(model: nn.Module, config: Any) -> Any:
     config = copy.copy(config)
     targets = config.target_modules
     if isinstance(targets, str):
-        targets = _names_of(model, targets, names)
+        targets = _names_of(model, config, names)
         if not targets:
             return config
     meant = {target: old for target in targets or () for old in names if target == old or target.endswith(f".{old}")}
@@ -66,10 +66,11 @@ def _parameters_by_name(model: Any) -> dict[str, str]:
     return PARAMETERS.get(kind, {})
 
 
-def _names_of(model: nn.Module, targets: str, names: dict[str, str]) -> set[str]:
+def _names_of(model: nn.Module, config: Any, names: dict[str, str]) -> set[str]:
     """The last parts of the paths that an expression means, with those of layers that are no more."""
+    targets: str = config.target_modules
     if targets.lower() == ALL_LINEAR:
-        return {path.rpartition(".")[2] for path in all_linear(model)} | names.keys()
+        return {path.rpartition(".")[2] for path in all_linear(model, config.task_type)} | names.keys()
     parameters = [path for path, _ in model.named_parameters()]
     paths = [*(path for path, _ in model.named_modules()), *parameters]
     for old, new in names.items():

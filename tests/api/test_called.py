@@ -143,6 +143,15 @@ def test_weight_norm_of_a_factor_trains(library):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_hooks_that_only_watch_change_nothing(use_dora):
+    model, layer = adapted(peft_fast, use_dora=use_dora)
+    before = model(X)
+    for module in (layer.lora_A["default"], layer.lora_B["default"], layer.lora_dropout["default"]):
+        module.register_forward_hook(lambda module, args, out: None)
+    torch.testing.assert_close(model(X), before)
+
+
 def test_a_hook_that_is_gone_leaves_no_trace():
     model, layer = adapted(peft_fast)
     before = model(X)

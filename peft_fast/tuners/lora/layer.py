@@ -263,11 +263,11 @@ class Linear(LoraLayer):
             self.unmerge()
         adapters = self.adapters_in_effect()
         weight = None if args or kwargs else self.product_weight()
+        if any(name in self.lora_magnitude_vector for name in adapters):
+            return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if why_called(self, adapters) is not None:
             dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
             return call(self, x, adapters, weight, dtype, *args, **kwargs)
-        if any(name in self.lora_magnitude_vector for name in adapters):
-            return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return self.plus(self.base_layer(x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
@@ -320,7 +320,8 @@ class Linear(LoraLayer):
     def route(self, tokens: int) -> Choice:
         weight, adapters = self.product_weight(), self.adapters_in_effect()
         reason = self.why_idle()
-        if called := why_called(self, adapters):
+        with_magnitudes = any(name in self.lora_magnitude_vector for name in adapters)
+        if not with_magnitudes and (called := why_called(self, adapters)):
             return Choice("lora_linear", "added", f"{called}: its modules are called")
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
@@ -337,7 +338,7 @@ class Linear(LoraLayer):
         call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
         if adapters:
             choice = ops.choose(call, self.backend)
-            if any(name in self.lora_magnitude_vector for name in adapters):
+            if with_magnitudes:
                 choice = replace(
                     choice, because=f"{choice.because}; DoRA: and one product more, of {R} rows, for norms"
                 )

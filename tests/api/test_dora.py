@@ -144,7 +144,7 @@ def test_a_4bit_weight_is_merged_and_given_back():
 
 def test_merging_several_one_after_another():
     def use(model, layer, x):
-        library = peft if isinstance(model, peft.PeftModel) else peft_fast
+        library = peft_fast if isinstance(model, peft_fast.PeftModel) else peft
         model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["layer"]))
         model.add_adapter("dora", library.LoraConfig(r=3, target_modules=["layer"], use_dora=True))
         shaken(model, 2)
@@ -166,7 +166,7 @@ def test_merging_several_one_after_another():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_several_active_adapters_in_any_order(kind, dropout):
     def use(model, layer, x):
-        library = peft if isinstance(model, peft.PeftModel) else peft_fast
+        library = peft_fast if isinstance(model, peft_fast.PeftModel) else peft
         model.add_adapter("plain", library.LoraConfig(r=2, target_modules=["layer"]))
         other = library.LoraConfig(r=3, target_modules=["layer"], use_dora=True, lora_dropout=dropout)
         model.add_adapter("other", other)

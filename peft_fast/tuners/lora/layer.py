@@ -95,7 +95,7 @@ class LoraLayer(ScaledLayer):
 
     def factors(self, adapter_name: str) -> tuple[Any, Any]:
         """(A, B), modules with a `weight`."""
-        modules: Any = self._modules  # a third of the time of self.lora_A[...], of which a forward would do a dozen
+        modules: Any = self._modules  # a seventh of the time of self.lora_A[...]: 0.2 us against 1.7
         return modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:

@@ -5,6 +5,7 @@ tile and by whether one tile is enough. What `auto` launches beyond these cases 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
@@ -21,12 +22,14 @@ from peft_fast.kernels import (
     glu,
     lora_down,
     lora_embedding,
+    lora_multi,
     lora_up_add,
     lora_up_glu,
     quant_gemv,
     quant_matmul,
     scale_columns,
 )
+from peft_fast.kernels.segments import Drop, of_samples
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
@@ -50,6 +53,7 @@ def _cases(quick: bool, target: int) -> Named:
                 continue
             yield from _lora(dname, dtype, quick)
             yield from _groups(dname, dtype, quick)
+            yield from _multi(dname, dtype, quick)
             yield from _dequantize(dname, dtype, quick)
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
@@ -125,6 +129,29 @@ def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                     tag + ("" if width == N else " wide"),
                     lambda dy=dy, s=s, B=of_dy, scale=scale: lora_up_add.lora_up_group_backward(dy, s, B, scale),
                 )
+
+
+def _multi(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    """Two adapters: in a decoding step, one row each, and with many rows. What differs by rank is the widest one's tile;
+    ranks that are no multiples of 8 are loaded element by element. Rows in any order, for one rank also as they come."""
+    ranks = (16,) if quick or dname == "fp16" else (16, 17, 64)
+    for R, rows in ((r, m) for r in ranks for m in (1, 100)):
+        K = 64 if R % 8 == 0 else 67
+        for factors in dict.fromkeys((dtype, torch.float32) if R < 64 else (dtype,)):
+            x, s = torch.zeros(2 * rows, K, dtype=dtype), torch.zeros(2 * rows, R, dtype=dtype)
+            A, B = [torch.zeros(R, K, dtype=factors)] * 2, [torch.zeros(K, R, dtype=factors)] * 2
+            tag = f"{dname} R{R} M{rows}" + (" fp32-adapter" if factors != dtype else "")
+            plain = () if quick else (([1, 0], [0, 1]) if R == 16 else ([1, 0],))
+            for p, adapters in ((0.1, [1, 0]), *((0.0, order) for order in plain)):
+                segments = of_samples(adapters, rows, 2, "cpu")
+                drop = Drop((p, p), torch.zeros(2, 2, dtype=torch.int32))
+                down = functools.partial(lora_multi.lora_down_multi, x, A, segments, drop)
+                back = functools.partial(lora_multi.lora_down_multi_backward, s, x, A, segments, drop, x.clone())
+                up = functools.partial(lora_multi.lora_up_add_multi_, x.clone(), s, B, (2.0, 2.0), segments)
+                up_back = functools.partial(lora_multi.lora_up_multi_backward, x, s, B, (2.0, 2.0), segments)
+                forward, backward = ((down,), (back,)) if p else ((down, up), (back, up_back))
+                calls = (*forward, *(backward if rows > 1 else ()))  # nobody trains on one row
+                yield from _recorded(tag + (" dropout" if p else "") + (" sorted" if adapters[0] == 0 else ""), *calls)
 
 
 def _weight(kind: str, N: int, K: int) -> QuantizedWeight:

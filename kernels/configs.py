@@ -119,6 +119,25 @@ def segment_sum(R: int) -> dict:
     return dict(BLOCK_M=16, BLOCK_R=block_r, num_warps=1, enable_fp_fusion=True)
 
 
+# Many adapters in one batch. Of a decoding step each adapter has a row or two: 16, the least that tl.dot takes.
+
+
+def lora_down_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
+    """`length`: the longest segment's."""
+    block_r = rank_block(R, itemsize)
+    block_c = 128 if itemsize == 2 and block_r == 16 and aligned else 64
+    return dict(BLOCK_M=16 if length <= 16 else 32, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=4 if aligned else 8)
+
+
+def lora_up_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
+    block_m, block_c = (16 if length <= 16 else 64 if itemsize == 2 else 32), 128 if itemsize == 2 else 64
+    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=rank_block(R, itemsize), num_warps=4 if aligned else 8)
+
+
+def lora_gram_multi(R: int, itemsize: int) -> dict:
+    return dict(BLOCK_M=32, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
+
+
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.
 SUM_PARTIALS = dict(BLOCK=512, num_warps=4, enable_fp_fusion=True)
 
@@ -199,7 +218,7 @@ def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
 # How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose
 # programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the
 # sums, and with it every bit of the result, is the same on all of them.
-PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32}
+PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32, "lora_down_multi": 256}
 
 
 def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:

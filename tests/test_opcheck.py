@@ -8,7 +8,17 @@ import torch
 
 from peft_fast.ops import library
 
-from . import embedding_cases, lora_cases, mlp_cases, test_dora_ops, test_embedding, test_lora_group, test_mlp, test_ops
+from . import (
+    embedding_cases,
+    lora_cases,
+    mlp_cases,
+    test_dora_ops,
+    test_embedding,
+    test_lora_group,
+    test_lora_multi,
+    test_mlp,
+    test_ops,
+)
 
 FP32 = torch.float32
 
@@ -24,6 +34,7 @@ def checked(backend: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(torch.library, "opcheck", opcheck)
     test_ops.opcheck_all(lora_cases.make_case(8, 64, 32, 4, FP32, FP32, "nf4", 0.1), backend)
     test_lora_group.opcheck_all("mixed", backend, "cpu")
+    test_lora_multi.opcheck_all(backend, "cpu")
     test_mlp.opcheck_all(mlp_cases.make_case(8, 32, 48, (4, 4, 4), FP32, FP32, "nf4", 0.0), backend)
     test_dora_ops.opcheck_all(backend, "cpu")
     test_embedding.opcheck_all(embedding_cases.make_case(*embedding_cases.SHAPES[0], FP32, FP32), backend)

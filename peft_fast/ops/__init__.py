@@ -4,6 +4,7 @@ plain torch. Layers call these and never ask about devices.
     function        its autograd     what it runs
     lora_linear     linear.py        one of the routes of routes.py, picked by table.py
     lora_group      group.py         the same for layers that share x: their adapters read it once
+    lora_linear_multi   multi.py    for a batch whose rows belong to different adapters: kernels/lora_multi.py
     lora_mlp        mlp.py           three of these and kernels/glu.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
@@ -22,6 +23,7 @@ from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import lora_mlp
+from .multi import choose_multi, lora_linear_multi, segments_of_rows, segments_of_samples
 from .projection import Projection
 from .quant import dequantize, quant_matmul
 from .table import Call, choose, choose_product
@@ -31,6 +33,7 @@ __all__ = [
     "Projection",
     "choose",
     "choose_embedding",
+    "choose_multi",
     "choose_product",
     "dequantize",
     "lora_down",
@@ -38,6 +41,7 @@ __all__ = [
     "lora_embedding_add",
     "lora_group",
     "lora_linear",
+    "lora_linear_multi",
     "lora_mlp",
     "lora_up_add",
     "merged_norms",
@@ -46,4 +50,6 @@ __all__ = [
     "quant_matmul",
     "row_squares",
     "scale_columns",
+    "segments_of_rows",
+    "segments_of_samples",
 ]

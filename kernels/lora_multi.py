@@ -1,0 +1,312 @@
+"""LoRA for a batch whose rows belong to different adapters, each with a rank, a scale and a dropout of its own.
+
+    s[m, :R_t]  = c_t * (mask_t * x)[m, K] @ A_t[R_t, K].T          m in segment t: the rows of adapter t
+    y[m, N]    += scale_t * s[m, :R_t] @ B_t[N, R_t].T              in place
+    ds[m, :R_t] = scale_t * dy[m] @ B_t          dB_t = scale_t * dy[segment].T @ s[segment]
+    dA_t        = c_t * ds[segment].T @ (mask_t * x)[segment]       dx[m] += c_t * mask_t * (ds[m, :R_t] @ A_t)
+
+Three kernels, each for A and for B: to the rank (`_down`), from it (`_up`, which adds), and the sums over a segment's
+rows that are gradients (`_gram`, which writes zeros for an empty segment). In them C is K or N, the columns of x, y or
+their gradients. What differs between A [R, C] and B [C, R] is the order of their two strides.
+
+The adapters lie where they are, in as many tensors: a table has their addresses, ranks, thresholds and factors, so that
+the number of launches does not depend on how many there are. Rows are read through `order`, nobody sorts or copies x. A
+program of `_down` and `_up` has up to BLOCK_M rows of one adapter, so an adapter with no more rows than that is read
+once. Ranks are not padded in memory; columns of s beyond R_t, and rows of no adapter, are neither written nor read. The
+row of a mask is the row within the segment. No atomics: partial sums along K are added in a second stage, in fixed
+order. fp32 accumulation, one rounding on store. The same in plain torch: reference_multi.py.
+
+Source of the layout: SGMV of Punica (arXiv 2310.18547, section 4), in SGLang's form of segments cut into chunks; its
+backward is ours.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, dropout, tiles
+from .reduce import sum_partials
+from .segments import Drop, Segments, blocks, starts_of
+from .tiles import dropout_mask, input_precision, rows
+
+TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# The columns of a table, int64 [T, 5].
+ADDRESS, RANK, OFFSET, THRESHOLD, NUMBER, WIDTH = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def _rank_and_number(table_ptr, t):
+    """(R_t, the factor of its products), a float whose 32 bits an int64 keeps"""
+    row = table_ptr + t * WIDTH
+    number = tl.load(row + NUMBER).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(row + RANK).to(tl.int32), number
+
+
+@triton.jit
+def _piece(blocks_ptr, order_ptr, BLOCK_M: tl.constexpr):
+    """(adapter, its rows in the batch [BLOCK_M, 1], which of them there are, the rows in the segment)"""
+    piece = blocks_ptr + tl.program_id(0) * 4
+    i = tl.arange(0, BLOCK_M)[:, None]
+    count = tl.load(piece + 2)
+    m = _in_batch(order_ptr, tl.load(piece + 1), i, count)
+    return tl.load(piece).to(tl.int64), m, i < count, (tl.load(piece + 3) + i).to(tl.int64)
+
+
+@triton.jit
+def _in_batch(order_ptr, first, i, count):
+    """int64: where in the batch rows `first` + i of `order` are; some row for those from `count` on"""
+    if order_ptr is None:
+        m = first + tl.minimum(i, count - 1)
+    else:
+        m = tl.load(order_ptr + first + i, mask=i < count, other=0)
+    return m.to(tl.int64)
+
+
+@triton.jit
+def _factor(
+    table_ptr, t, r, R, columns, C, TYPE: tl.constexpr, OF_B: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_C] of A_t [R, C] or B_t [C, R]; r [BLOCK_R, 1], columns [1, BLOCK_C]. ALIGNED: they begin at
+    multiples of 16 bytes and all ranks are multiples of 8: 16 bytes of a row can be read at once."""
+    address = tl.load(table_ptr + t * WIDTH + ADDRESS)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    factor_ptr = address.to(tl.pointer_type(TYPE))
+    if OF_B:
+        stride = (R // 8) * 8 if ALIGNED else R
+        place = columns.to(tl.int64) * stride + r
+    else:
+        place = r.to(tl.int64) * C + columns
+    return tl.load(factor_ptr + place, mask=(r < R) & (columns < C), other=0.0)
+
+
+@triton.jit
+def _kept(x, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr):
+    """x [BLOCK_M, BLOCK_C] with the mask of this adapter's key"""
+    if DROPOUT:
+        threshold = tl.load(table_ptr + t * WIDTH + THRESHOLD).to(tl.int32)
+        pairs = c0 // 2 + tl.arange(0, BLOCK_C // 2)[None, :]
+        x = tl.where(dropout_mask(keys_ptr + t * 2, own_rows, pairs, (C + 1) // 2, threshold), x, 0.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["M", "steps_per_split"])
+def _lora_down_multi_kernel(
+    x_ptr, s_ptr, order_ptr, blocks_ptr, table_ptr, keys_ptr,
+    M, C, stride_x_m, stride_s_m, steps_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, OF_B: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a piece of a segment, a tile of the rank, steps_per_split tiles of x's columns; to s_ptr[split]."""
+    t, m, inside, own_rows = _piece(blocks_ptr, order_ptr, BLOCK_M)
+    R, number = _rank_and_number(table_ptr, t)
+    r0 = tl.program_id(1) * BLOCK_R
+    if r0 < R:
+        split = tl.program_id(2)
+        r = r0 + tl.arange(0, BLOCK_R)
+        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        start = split * steps_per_split * BLOCK_C
+        for c0 in range(start, tl.minimum(start + steps_per_split * BLOCK_C, C), BLOCK_C):
+            columns = c0 + tl.arange(0, BLOCK_C)[None, :]
+            x = tl.load(x_ptr + m * stride_x_m + columns, mask=inside & (columns < C), other=0.0)
+            x = _kept(x, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C, DROPOUT)
+            factor = _factor(table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
+            acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision=PRECISION)
+        s_ptr += split.to(tl.int64) * M * stride_s_m
+        tl.store(s_ptr + m * stride_s_m + r[None, :], acc * number, mask=inside & (r[None, :] < R))
+
+
+@triton.jit
+def _lora_up_multi_kernel(
+    y_ptr, s_ptr, order_ptr, blocks_ptr, table_ptr, keys_ptr,
+    C, stride_y_m, stride_s_m,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, OF_B: tl.constexpr,
+    ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a piece of a segment, a tile of y's columns, all of the rank."""
+    t, m, inside, own_rows = _piece(blocks_ptr, order_ptr, BLOCK_M)
+    R, number = _rank_and_number(table_ptr, t)
+    if R > 0:
+        c0 = tl.program_id(1) * BLOCK_C
+        columns = c0 + tl.arange(0, BLOCK_C)[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        for r0 in range(0, R, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            s = tl.load(s_ptr + m * stride_s_m + r[None, :], mask=inside & (r[None, :] < R), other=0.0)
+            factor = _factor(table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
+            acc = tl.dot(s, factor.to(s.dtype), acc, input_precision=PRECISION)
+        acc = _kept(acc * number, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C, DROPOUT)
+        y_ptrs, of_y = y_ptr + m * stride_y_m + columns, inside & (columns < C)
+        tl.store(y_ptrs, tl.load(y_ptrs, mask=of_y, other=0.0).to(tl.float32) + acc, mask=of_y)
+
+
+@triton.jit
+def _lora_gram_multi_kernel(
+    u_ptr, v_ptr, out_ptr, order_ptr, starts_ptr, table_ptr, keys_ptr,
+    C, stride_u_m, stride_v_m,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, OF_B: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of one adapter's gradient, number * u[segment].T @ (mask * v)[segment], which is [R, C] for A
+    and its transpose for B. The gradients lie one behind the other in out."""
+    t = tl.program_id(0).to(tl.int64)
+    R, number = _rank_and_number(table_ptr, t)
+    r0 = tl.program_id(2) * BLOCK_R
+    if r0 < R:
+        c0 = tl.program_id(1) * BLOCK_C
+        columns = c0 + tl.arange(0, BLOCK_C)[None, :]
+        r = r0 + tl.arange(0, BLOCK_R)
+        first, end = tl.load(starts_ptr + t), tl.load(starts_ptr + t + 1)
+        acc = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for row in range(first, end, BLOCK_M):
+            i = tl.arange(0, BLOCK_M)[:, None]
+            inside = i < end - row
+            m = _in_batch(order_ptr, row, i, end - row)
+            u = tl.load(u_ptr + m * stride_u_m + r[None, :], mask=inside & (r[None, :] < R), other=0.0)
+            v = tl.load(v_ptr + m * stride_v_m + columns, mask=inside & (columns < C), other=0.0)
+            v = _kept(v, table_ptr, keys_ptr, t, (row - first + i).to(tl.int64), c0, C, BLOCK_C, DROPOUT)
+            acc = tl.dot(tl.trans(u), v, acc, input_precision=PRECISION)
+        out_ptr += tl.load(table_ptr + t * WIDTH + OFFSET) * C
+        rank = r.to(tl.int64)[:, None]
+        place = columns * tl.cast(R, tl.int64) + rank if OF_B else rank * C + columns
+        tl.store(out_ptr + place, acc * number, mask=(rank < R) & (columns < C))
+
+
+class Factors:
+    """The A_t, or the B_t, of a launch: what the kernels are told of them."""
+
+    def __init__(self, tensors: Sequence[Tensor], of_b: bool, numbers: Sequence[float], drop: Drop | None) -> None:
+        self.tensors = [t.contiguous() for t in tensors]  # of a copy the address is taken: it has to live
+        self.of_b = of_b
+        self.ranks = tuple(t.shape[int(of_b)] for t in tensors)
+        self.dtype, self.device = tensors[0].dtype, tensors[0].device
+        thresholds = tuple(dropout.threshold(p) for p in drop.p) if drop else (0,) * len(tensors)
+        self.keys = drop.keys if drop and any(drop.p) else None
+        addresses = tuple(t.data_ptr() for t in self.tensors)
+        self.table = _table(addresses, self.ranks, thresholds, tuple(numbers), self.device)
+        self.aligned = all(a % 16 == 0 for a in addresses) and all(rank % 8 == 0 for rank in self.ranks)
+
+    @property
+    def settings(self) -> dict:
+        of_b, aligned, kept = self.of_b, self.aligned, self.keys is not None
+        return dict(TYPE=TRITON_TYPE[self.dtype], OF_B=of_b, ALIGNED=aligned, DROPOUT=kept)
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(
+    addresses: tuple[int, ...],
+    ranks: tuple[int, ...],
+    thresholds: tuple[int, ...],
+    numbers: tuple[float, ...],
+    device: torch.device,
+) -> Tensor:
+    """int64 [T, WIDTH] on the device. It has addresses, not values, so it stays right while weights change, and a model
+    whose weights stay where they are copies it once; CUDA graphs that were captured with it use this memory."""
+    bits = [struct.unpack("i", struct.pack("f", number))[0] for number in numbers]
+    columns = (addresses, ranks, starts_of(ranks)[:-1], thresholds, bits)
+    return torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device, non_blocking=True)
+
+
+def lora_down_multi(x: Tensor, A: Sequence[Tensor], segments: Segments, drop: Drop) -> Tensor:
+    """s [M, largest R_t] in x's dtype."""
+    numbers = [dropout.correction(p) for p in drop.p]
+    return _down(rows(x), Factors(A, False, numbers, drop), segments)
+
+
+def lora_up_add_multi_(y: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], segments: Segments) -> None:
+    """y [M, N] += scale_t * s @ B_t.T, in place, in the rows of each adapter t."""
+    _up(y, rows(s), Factors(B, True, scale, None), segments)
+
+
+def lora_up_multi_backward(
+    dy: Tensor,
+    s: Tensor,
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    segments: Segments,
+    needs_ds: bool = True,
+    needs_dB: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds [M, largest R_t] in dy's dtype and the dB_t [N, R_t] in B's, one behind the other, each None where it is not
+    needed."""
+    dy, factors = rows(dy), Factors(B, True, scale, None)
+    ds = _down(dy, factors, segments) if needs_ds else None
+    return ds, _gram(rows(s), dy, factors, segments) if needs_dB else None
+
+
+def lora_down_multi_backward(
+    ds: Tensor,
+    x: Tensor,
+    A: Sequence[Tensor],
+    segments: Segments,
+    drop: Drop,
+    dx: Tensor | None = None,
+    needs_dA: bool = True,
+) -> Tensor | None:
+    """The dA_t [R_t, K] in A's dtype, one behind the other, None where they are not needed; the adapters' part is added
+    to dx [M, K], in place, if given."""
+    factors = Factors(A, False, [dropout.correction(p) for p in drop.p], drop)
+    if dx is not None:
+        _up(dx, rows(ds), factors, segments)
+    return _gram(rows(ds), rows(x), factors, segments) if needs_dA else None
+
+
+def _down(x: Tensor, factors: Factors, segments: Segments) -> Tensor:
+    (M, C), largest = x.shape, max(factors.ranks)
+    config = configs.lora_down_multi(max(segments.lengths, default=0), largest, x.element_size(), factors.aligned)
+    pieces = blocks(segments.lengths, config["BLOCK_M"], x.device)
+    tiles_of_rank = triton.cdiv(largest, config["BLOCK_R"])
+    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], max(1, len(pieces) * tiles_of_rank))
+    s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    if len(pieces) and largest:
+        _lora_down_multi_kernel[(len(pieces), tiles_of_rank, splits)](
+            x, s, segments.order, pieces, factors.table, factors.keys, M, C, x.stride(0), s.stride(1), steps,
+            PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
+        )  # fmt: skip
+    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+
+
+def _up(y: Tensor, s: Tensor, factors: Factors, segments: Segments) -> None:
+    assert y.stride(1) == 1
+    config = configs.lora_up_multi(
+        max(segments.lengths, default=0), max(factors.ranks), y.element_size(), factors.aligned
+    )
+    pieces, C = blocks(segments.lengths, config["BLOCK_M"], y.device), y.shape[1]
+    if len(pieces) and max(factors.ranks):
+        _lora_up_multi_kernel[(len(pieces), triton.cdiv(C, config["BLOCK_C"]))](
+            y, s, segments.order, pieces, factors.table, factors.keys, C, y.stride(0), s.stride(0),
+            PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
+        )  # fmt: skip
+
+
+def _gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments) -> Tensor:
+    """[sum of R_t * C]"""
+    C, largest = v.shape[1], max(factors.ranks)
+    config = configs.lora_gram_multi(largest, v.element_size())
+    out = torch.empty(sum(factors.ranks) * C, dtype=factors.dtype, device=v.device)
+    if out.numel():
+        grid = len(factors.ranks), triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(largest, config["BLOCK_R"])
+        starts = _starts(segments.lengths, v.device)
+        _lora_gram_multi_kernel[grid](
+            u, v, out, segments.order, starts, factors.table, factors.keys, C, u.stride(0), v.stride(0),
+            OF_B=factors.of_b, DROPOUT=factors.keys is not None, PRECISION=input_precision(), enable_fp_fusion=True,
+            **config,
+        )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(starts_of(lengths), dtype=torch.int32).to(device, non_blocking=True)
+
+
+def why_not(dtype: torch.dtype, adapters: tuple[torch.dtype, ...] = ()) -> str | None:
+    """The reason these kernels cannot take x of this dtype with factors of those, or None where they can."""
+    if len(set(adapters)) > 1:
+        return f"the adapters of one layer have several dtypes, {', '.join(sorted(map(str, set(adapters))))}"
+    return next((why for d in (dtype, *adapters[:1]) if (why := tiles.why_not("x", d))), None)

@@ -1,0 +1,125 @@
+"""Which rows of a batch belong to which adapter: what the kernels for many adapters walk through.
+
+A segment is all rows of one adapter, wherever they lie in the batch. The rows of all segments, one segment after the
+other and each in the order of the batch, are `order`; how many each has is known to the host, so that grids and tables
+need no waiting for the device. Rows of no adapter are in no segment. It imports torch only.
+"""
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segments(NamedTuple):
+    """Made once for a batch, by `of_rows` or `of_samples`, and used by every layer."""
+
+    order: Tensor | None  # int32 [rows of adapters]; None: all rows of the batch as they come
+    lengths: tuple[int, ...]  # rows of each adapter, T of them; 0 is allowed
+    M: int  # rows of the batch
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each segment begins in `order`, and where the last one ends: T + 1 numbers."""
+        return starts_of(self.lengths)
+
+
+class Drop(NamedTuple):
+    """The adapters' dropout: probabilities, and keys int32 [T, 2] where one is above 0."""
+
+    p: Sequence[float]
+    keys: Tensor | None = None
+
+
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def of_rows(adapter: Tensor, count: int) -> Segments:
+    """Segments from the adapter of each row, integers [M] from -1 (none) to count - 1, on any device.
+
+    Waits for the device once, for the lengths. Raises ValueError for other numbers, TypeError for no integers.
+    """
+    if adapter.dim() != 1 or adapter.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter must be int32 or int64 [M], got {adapter.dtype} {tuple(adapter.shape)}")
+    found, counts = (t.tolist() for t in adapter.unique(return_counts=True))
+    if found and not -1 <= found[0] <= found[-1] < count:
+        raise ValueError(f"adapters must be numbered from 0 to {count - 1}, or -1 for none, got {found}")
+    lengths = [0] * (count + 1)
+    for number, rows in zip(found, counts):
+        lengths[number] = rows  # those of none, -1, are the last
+    numbers = torch.where(adapter == -1, count, adapter)
+    order = torch.argsort(numbers, stable=True)[: adapter.shape[0] - lengths[count]]
+    return Segments(order.to(torch.int32), tuple(lengths[:count]), adapter.shape[0])
+
+
+def of_samples(adapter: Sequence[int], rows: int, count: int, device: torch.device | str) -> Segments:
+    """Segments of a batch whose samples have `rows` rows each, from the adapter of each sample; nothing waits.
+
+    adapter: from -1 (none) to count - 1.
+    """
+    lengths = [0] * count
+    for number in adapter:
+        if number >= 0:
+            lengths[number] += rows
+    sorted_already = all(a <= b for a, b in itertools.pairwise(adapter)) and -1 not in adapter
+    if sorted_already or not rows:
+        return Segments(None, tuple(lengths), len(adapter) * rows)
+    samples = sorted((sample for sample, number in enumerate(adapter) if number >= 0), key=adapter.__getitem__)
+    first = torch.tensor(samples, dtype=torch.int32).to(device, non_blocking=True)
+    order = first[:, None] * rows + torch.arange(rows, dtype=torch.int32, device=device)
+    return Segments(order.flatten(), tuple(lengths), len(adapter) * rows)
+
+
+# The tables below are functions of plain numbers, the same for all layers of a model and for the steps of generating.
+
+
+@functools.lru_cache(maxsize=256)
+def blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """int32 [blocks, 4]: segments cut into pieces of up to `size` rows: (adapter, where in `order` the piece begins,
+    its rows, the first one's place in the segment)."""
+    starts = starts_of(lengths)
+    table = [
+        (adapter, starts[adapter] + row, min(size, length - row), row)
+        for adapter, length in enumerate(lengths)
+        for row in range(0, length, size)
+    ]
+    return torch.tensor(table, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True)
+
+
+class Bucket(NamedTuple):
+    """Segments of one length whose adapters have one rank, one scale and one dropout: one product computes them all."""
+
+    members: tuple[int, ...]
+    length: int
+    first: tuple[int, ...]  # where in `order` each begins
+
+    @property
+    def is_consecutive(self) -> bool:
+        return all(b - a == self.length for a, b in zip(self.first, self.first[1:]))
+
+
+@functools.lru_cache(maxsize=1024)
+def buckets(lengths: tuple[int, ...], kinds: tuple) -> list[Bucket]:
+    """Segments that are not empty, by length and kind; `kinds`: what the adapters of a bucket have in common, or None
+    for an adapter that adds nothing here."""
+    found = defaultdict(list)
+    for adapter, (length, kind) in enumerate(zip(lengths, kinds)):
+        if length and kind is not None:
+            found[length, kind].append(adapter)
+    starts = starts_of(lengths)
+    return [Bucket(tuple(m), length, tuple(starts[t] for t in m)) for (length, _), m in found.items()]
+
+
+@functools.lru_cache(maxsize=1024)
+def places(bucket: Bucket, device: torch.device) -> Tensor:
+    """int64 [adapters * length]: where in `order` the rows of a bucket are."""
+    first = torch.tensor(bucket.first, dtype=torch.int64)[:, None]
+    return (first + torch.arange(bucket.length)).flatten().to(device, non_blocking=True)

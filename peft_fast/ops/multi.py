@@ -1,0 +1,301 @@
+"""lora_linear_multi: a frozen linear layer, dense or k-bit, in a batch whose rows belong to different adapters.
+
+The base product is taken once for all rows, by whoever table.py names; the adapters' part of it takes two launches
+however many adapters there are (three where few rows make K be split), and five in the backward.
+
+Kept for backward: x as it came, s [M, largest rank], the dropout keys; never W, a mask, or a sorted copy of x.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_fast.dispatch import Backend, Choice, Op
+from peft_fast.kernels import reference_multi
+from peft_fast.kernels.segments import Drop, Segments, of_rows, of_samples
+from peft_fast.quant.weight import QuantizedWeight
+
+from . import routes
+from .checks import check_bias, check_device, check_floating
+from .library import autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
+
+
+def _why_not(dtype: torch.dtype, *adapters: torch.dtype) -> str | None:
+    from peft_fast.kernels import lora_multi
+
+    return lora_multi.why_not(dtype, adapters)
+
+
+LORA_MULTI = Op("lora_linear_multi", "multi", _why_not)
+
+
+def choose_multi(device: torch.device, dtype: torch.dtype, adapters: set[torch.dtype], backend: str | None) -> Choice:
+    """Who computes the adapters' part of lora_linear_multi, and why; `adapters`: the dtypes of A and B."""
+    return LORA_MULTI.choose(resolve(backend), device, dtype, *sorted(adapters, key=str))
+
+
+def _implementation(x: Tensor, factors: Sequence[Tensor], backend: Backend):
+    choice = choose_multi(x.device, x.dtype, {f.dtype for f in factors}, backend)
+    if choice.backend == "torch":
+        return reference_multi
+    from peft_fast.kernels import lora_multi
+
+    return lora_multi
+
+
+def _width(weight: list[Tensor], fmt: str, B: list[Tensor]) -> int:
+    return weight_shape(weight, fmt)[0] if weight else B[0].shape[0]
+
+
+def _forward_fake(x, weight, fmt, bias, A, B, order, lengths, scales, ps, keys, dtype, backend):
+    M = x.shape[0]
+    y = x.new_empty((M, _width(weight, fmt, B)), dtype=dtype)
+    return y, x.new_empty((M, max((a.shape[0] for a in A), default=0)), dtype=dtype)
+
+
+@define(
+    "lora_linear_multi(Tensor x, Tensor[] weight, str fmt, Tensor? bias, Tensor[] A, Tensor[] B, Tensor? order, "
+    "int[] lengths, float[] scales, float[] ps, Tensor? keys, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(
+    x: Tensor,
+    weight: list[Tensor],
+    fmt: str,
+    bias: Tensor | None,
+    A: list[Tensor],
+    B: list[Tensor],
+    order: Tensor | None,
+    lengths: list[int],
+    scales: list[float],
+    ps: list[float],
+    keys: Tensor | None,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, largest rank]) in `dtype`; without a weight y is the adapters' part alone."""
+    x = x.to(dtype)
+    if weight:
+        y = routes.product(x, unflatten(weight, fmt), bias, backend)
+    else:
+        y = x.new_zeros(x.shape[0], B[0].shape[0])
+    if not any(lengths):
+        return y, x.new_empty(x.shape[0], max((a.shape[0] for a in A), default=0))
+    segments, run = Segments(order, tuple(lengths), x.shape[0]), _implementation(x, [*A, *B], backend)
+    s = run.lora_down_multi(x, A, segments, Drop(tuple(ps), keys))
+    run.lora_up_add_multi_(y, s, B, scales, segments)
+    return y, s
+
+
+def _backward_fake(dy, x, s, weight, fmt, A, B, order, lengths, scales, ps, keys, needs, backend):
+    sizes = (
+        x.shape if needs[0] else (0,),
+        *((sum(f.numel() for f in F) if n else 0,) for F, n in zip((A, B), needs[1:])),
+    )
+    return tuple(t.new_empty(size) for t, size in zip((x, A[0], B[0]), sizes))
+
+
+@define(
+    "lora_linear_multi_backward(Tensor dy, Tensor x, Tensor s, Tensor[] weight, str fmt, Tensor[] A, Tensor[] B, "
+    "Tensor? order, int[] lengths, float[] scales, float[] ps, Tensor? keys, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: list[Tensor],
+    fmt: str,
+    A: list[Tensor],
+    B: list[Tensor],
+    order: Tensor | None,
+    lengths: list[int],
+    scales: list[float],
+    ps: list[float],
+    keys: Tensor | None,
+    needs: list[bool],
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [M, K] in x's dtype, the dA_t one behind the other, the dB_t likewise); an empty tensor for each that `needs`
+    = (x, A, B) does not ask for."""
+    x_dtype, x = x.dtype, x.to(s.dtype)
+    dx = None
+    if needs[0]:
+        dx = routes.product_dx(dy, unflatten(weight, fmt), backend) if weight else x.new_zeros(x.shape)
+    if any(lengths):
+        dA, dB = _adapters_backward(
+            dy,
+            x,
+            s,
+            A,
+            B,
+            Segments(order, tuple(lengths), x.shape[0]),
+            scales,
+            Drop(tuple(ps), keys),
+            needs,
+            dx,
+            backend,
+        )
+    else:
+        dA, dB = (torch.cat([f.flatten() for f in F]).zero_() if n else None for F, n in zip((A, B), needs[1:]))
+    dx = x.new_empty(0) if dx is None else dx.to(x_dtype)
+    return dx, *(dy.new_empty(0) if g is None else g for g in (dA, dB))  # type: ignore[return-value]
+
+
+def _adapters_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    segments: Segments,
+    scales: list[float],
+    drop: Drop,
+    needs: list[bool],
+    dx: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the dA_t one behind the other, the dB_t likewise), None where not needed; the adapters' part is added to dx."""
+    run = _implementation(x, [*A, *B], backend)
+    needs_dx, needs_dA, needs_dB = needs
+    ds, dB = run.lora_up_multi_backward(dy, s, B, scales, segments, needs_dA or needs_dx, needs_dB)
+    dA = None if ds is None else run.lora_down_multi_backward(ds, x, A, segments, drop, dx, needs_dA)
+    return dA, dB
+
+
+class _LoraLinearMulti(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        keys: Tensor | None,
+        order: Tensor | None,
+        settings: tuple,
+        dtype: torch.dtype,
+        *tensors: Tensor,
+    ) -> Tensor:
+        count, fmt, lengths, scales, ps, backend = settings
+        A, B, weight = list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
+        y, s = _forward(x, weight, fmt, bias, A, B, order, lengths, scales, ps, keys, dtype, backend)
+        ctx.save_for_backward(x, s, keys, order, *tensors)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
+        x, s, keys, order, *tensors = ctx.saved_tensors
+        count, fmt, lengths, scales, ps, backend = ctx.settings
+        A, B, weight = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        of = ctx.needs_input_grad
+        of_A, of_B = of[6 : 6 + count], of[6 + count : 6 + 2 * count]
+        needs = [of[0], any(of_A), any(of_B)]
+        dx, grads = None, [None] * (2 * count)
+        if any(needs):
+            dx, *flat = _backward(dy, x, s, weight, fmt, A, B, order, lengths, scales, ps, keys, needs, backend)
+            for i, (factors, wanted) in enumerate(((A, of_A), (B, of_B))):
+                if any(wanted):
+                    parts = reference_multi.separated(flat[i], factors)
+                    own = [g.to(f.dtype) if want else None for g, f, want in zip(parts, factors, wanted)]
+                    grads[i * count : (i + 1) * count] = own
+        dbias = dy.sum(0) if of[1] else None
+        dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if weight and of[6 + 2 * count] else None
+        return (
+            dx if of[0] else None,
+            dbias,
+            *(None,) * 4,
+            *grads,
+            *([dW] if weight else []),
+            *(None for _ in weight[1:]),
+        )
+
+
+def lora_linear_multi(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
+    segments: Segments,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: Sequence[float] | None = None,
+    dropout_keys: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias + scale_t * dropout_t(x) @ A_t.T @ B_t.T, t being the adapter of each row.
+
+    weight: frozen, [N, K]; None: the adapters' part alone. A: T tensors [R_t, K]; B: T tensors [N, R_t], in x's dtype
+    or fp32; a rank of 0 adds nothing. scales: T numbers. segments: which rows of x, seen as [M, K], are whose: of
+    `segments_of_samples` or `segments_of_rows`, made once for all layers. dropout_p: T probabilities; dropout_keys:
+    int32 [T, 2], where one is above 0. The mask of a row is that of its place within its adapter's rows: an adapter's
+    output and gradients are those of a batch that it has for itself (up to rounding: another number of rows may make
+    the base product sum in another order).
+
+    dtype: of the product and the output; default: autocast's where that is on, else x's own. Differentiable in x, A, B,
+    bias and a dense weight. Raises ValueError for shapes that do not fit, TypeError for dtypes that do not.
+    """
+    check_floating(x=x, **{f"A[{t}]": a for t, a in enumerate(A)}, **{f"B[{t}]": b for t, b in enumerate(B)})
+    tensors, fmt = ([], "") if weight is None else flatten(weight)
+    K = x.shape[-1]
+    N = weight.shape[0] if weight is not None else (B[0].shape[0] if B else 0)
+    p = [0.0] * len(A) if dropout_p is None else [float(one) for one in dropout_p]
+    _check(x, weight, A, B, scales, segments, p, dropout_keys, N)
+    check_bias(bias, N)
+    if weight is None and bias is not None:
+        raise ValueError("bias is the base layer's: give the weight too, or add it yourself")
+    kind = product_dtype(x)
+    if tensors and not fmt and dtype is None and not autocasting(x.device.type) and tensors[0].dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, give dtype, or use torch.autocast"
+        )
+    check_device(x, weight=tensors[0] if tensors else None, bias=bias, order=segments.order, dropout_keys=dropout_keys)
+    check_device(x, **{f"A[{t}]": a for t, a in enumerate(A)}, **{f"B[{t}]": b for t, b in enumerate(B)})
+    settings = len(A), fmt, list(segments.lengths), [float(c) for c in scales], p, resolve(backend)
+    keys = dropout_keys if any(p) else None
+    y = _LoraLinearMulti.apply(x.reshape(-1, K), bias, keys, segments.order, settings, dtype or kind, *A, *B, *tensors)
+    return y.view(*x.shape[:-1], N)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
+    segments: Segments,
+    p: Sequence[float],
+    keys: Tensor | None,
+    N: int,
+) -> None:
+    """ValueError for what does not fit together."""
+    K, T = x.shape[-1], len(segments.lengths)
+    if weight is not None and weight.shape[1] != K:
+        raise ValueError(f"x must have K={weight.shape[1]} features for this weight, got {tuple(x.shape)}")
+    counts = {"A": len(A), "B": len(B), "scales": len(scales), "dropout_p": len(p)}
+    for name, count in counts.items():
+        if count != T:
+            raise ValueError(f"the segments are of {T} adapters, so {name} must have {T} entries, got {count}")
+    if weight is None and not A:
+        raise ValueError("without a weight and without adapters there is nothing to compute: give one of them")
+    for t, (a, b) in enumerate(zip(A, B)):
+        if a.dim() != 2 or a.shape[1] != K or b.shape != (N, a.shape[0]):
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise ValueError(f"adapter {t}: A must be [R, {K}] and B [{N}, R], got {shapes}")
+    rows = x.numel() // K if K else 0
+    if rows != segments.M:
+        raise ValueError(f"the segments are of {segments.M} rows, and x {tuple(x.shape)} has {rows}")
+    if any(not 0.0 <= one <= 1.0 for one in p):
+        raise ValueError(f"dropout_p must lie in [0, 1], got {list(p)}")
+    if any(p) and (keys is None or keys.shape != (T, 2) or keys.dtype != torch.int32):
+        got = "None" if keys is None else f"{tuple(keys.shape)} {keys.dtype}"
+        raise ValueError(f"dropout_p > 0 needs dropout_keys, int32 [{T}, 2], a new one per forward, got {got}")
+
+
+segments_of_rows, segments_of_samples = of_rows, of_samples

@@ -132,8 +132,9 @@ def _groups(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 
 def _multi(dname: str, dtype: torch.dtype, quick: bool) -> Named:
-    """Two adapters: in a decoding step, one row each, and with many rows. What differs by rank is the widest one's tile;
-    ranks that are no multiples of 8 are loaded element by element. Rows in any order, for one rank also as they come."""
+    """Two adapters: in a decoding step, one row each, and with many rows. What differs by rank is the widest one's
+    tile; ranks that are no multiples of 8 are loaded element by element. Rows in any order, for one rank also as they
+    come."""
     ranks = (16,) if quick or dname == "fp16" else (16, 17, 64)
     for R, rows in ((r, m) for r in ranks for m in (1, 100)):
         K = 64 if R % 8 == 0 else 67

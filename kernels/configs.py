@@ -130,12 +130,15 @@ def lora_down_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
 
 
 def lora_up_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
+    """With 64 rows a rank tile of 64 spills on every target."""
     block_m, block_c = (16 if length <= 16 else 64 if itemsize == 2 else 32), 128 if itemsize == 2 else 64
-    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=rank_block(R, itemsize), num_warps=4 if aligned else 8)
+    block_r = min(rank_block(R, itemsize), 64 if block_m == 16 else 32)
+    return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=4 if aligned else 8)
 
 
 def lora_gram_multi(R: int, itemsize: int) -> dict:
-    return dict(BLOCK_M=32, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4)
+    """Three stages spill on sm_100, with dropout and gradients in fp32; 32 rows of fp32 on four others."""
+    return dict(BLOCK_M=32 if itemsize == 2 else 16, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4, num_stages=2)
 
 
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.

@@ -27,6 +27,11 @@ def new_keys(device: torch.device | str, count: int) -> list[Tensor]:
     return list(draws[:, :2].unbind())
 
 
+def new_key_table(device: torch.device | str, count: int) -> Tensor:
+    """int32 [count, 2]: so many keys in one tensor, as the kernels for many adapters take them."""
+    return torch.randint(-(1 << 31), (1 << 31) - 1, (count, 2), dtype=torch.int32, device=device)
+
+
 def threshold(p: float) -> int:
     """How many of the 65,536 draws drop an element."""
     return round(p * DRAWS)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import configs, dropout, tiles
 from .reduce import sum_partials
-from .segments import Drop, Segments, blocks, starts_of
+from .segments import Constant, Drop, Segments, blocks, starts_of
 from .tiles import dropout_mask, input_precision, rows
 
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -186,7 +186,7 @@ class Factors:
         self.ranks = tuple(t.shape[int(of_b)] for t in tensors)
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         thresholds = tuple(dropout.threshold(p) for p in drop.p) if drop else (0,) * len(tensors)
-        self.keys = drop.keys if drop and any(drop.p) else None
+        self.keys: Tensor | None = None
         addresses = tuple(t.data_ptr() for t in self.tensors)
         self.table = _table(addresses, self.ranks, thresholds, tuple(numbers), self.device)
         self.aligned = all(a % 16 == 0 for a in addresses) and all(rank % 8 == 0 for rank in self.ranks)
@@ -195,6 +195,22 @@ class Factors:
     def settings(self) -> dict:
         of_b, aligned, kept = self.of_b, self.aligned, self.keys is not None
         return dict(TYPE=TRITON_TYPE[self.dtype], OF_B=of_b, ALIGNED=aligned, DROPOUT=kept)
+
+
+def _of_A(A: Sequence[Tensor], drop: Drop) -> Factors:
+    def make() -> Factors:
+        return Factors(A, False, [dropout.correction(p) for p in drop.p], drop)
+
+    factors = A.keep("factors", make) if isinstance(A, Constant) else make()
+    factors.keys = drop.keys if any(drop.p) else None
+    return factors
+
+
+def _of_B(B: Sequence[Tensor], scale: Sequence[float]) -> Factors:
+    def make() -> Factors:
+        return Factors(B, True, scale, None)
+
+    return B.keep("factors", make) if isinstance(B, Constant) else make()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -214,13 +230,12 @@ def _table(
 
 def lora_down_multi(x: Tensor, A: Sequence[Tensor], segments: Segments, drop: Drop) -> Tensor:
     """s [M, largest R_t] in x's dtype."""
-    numbers = [dropout.correction(p) for p in drop.p]
-    return _down(rows(x), Factors(A, False, numbers, drop), segments)
+    return _down(rows(x), _of_A(A, drop), segments)
 
 
 def lora_up_add_multi_(y: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], segments: Segments) -> None:
     """y [M, N] += scale_t * s @ B_t.T, in place, in the rows of each adapter t."""
-    _up(y, rows(s), Factors(B, True, scale, None), segments)
+    _up(y, rows(s), _of_B(B, scale), segments)
 
 
 def lora_up_multi_backward(
@@ -234,7 +249,7 @@ def lora_up_multi_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds [M, largest R_t] in dy's dtype and the dB_t [N, R_t] in B's, one behind the other, each None where it is not
     needed."""
-    dy, factors = rows(dy), Factors(B, True, scale, None)
+    dy, factors = rows(dy), _of_B(B, scale)
     ds = _down(dy, factors, segments) if needs_ds else None
     return ds, _gram(rows(s), dy, factors, segments) if needs_dB else None
 
@@ -250,7 +265,7 @@ def lora_down_multi_backward(
 ) -> Tensor | None:
     """The dA_t [R_t, K] in A's dtype, one behind the other, None where they are not needed; the adapters' part is added
     to dx [M, K], in place, if given."""
-    factors = Factors(A, False, [dropout.correction(p) for p in drop.p], drop)
+    factors = _of_A(A, drop)
     if dx is not None:
         _up(dx, rows(ds), factors, segments)
     return _gram(rows(ds), rows(x), factors, segments) if needs_dA else None

@@ -18,13 +18,13 @@ with the stacking of A and B, against 430 us one by one and 2 ms as HF PEFT does
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import dropout
-from .segments import Bucket, Drop, Segments, buckets, places
+from .segments import Bucket, Constant, Drop, Segments, buckets, places
 
 
 def lora_down_multi(x: Tensor, A: Sequence[Tensor], segments: Segments, drop: Drop) -> Tensor:
@@ -144,15 +144,26 @@ def separated(flat: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(f.shape) for part, f in zip(parts, factors)]
 
 
-def _buckets(segments: Segments, factors: Sequence[Tensor], dim: int, also: Sequence[float]) -> Iterator[Bucket]:
-    kinds = ((f.shape[dim], f.dtype, number) if f.shape[dim] else None for f, number in zip(factors, also))
-    yield from buckets(segments.lengths, tuple(kinds))
+def _buckets(segments: Segments, factors: Sequence[Tensor], dim: int, also: Sequence[float]) -> list[Bucket]:
+    """`also`: a number of each adapter that those of a bucket have in common too; for A it is always p, for B scale."""
+
+    def found() -> list[Bucket]:
+        kinds = ((f.shape[dim], f.dtype, number) if f.shape[dim] else None for f, number in zip(factors, also))
+        return buckets(segments.lengths, tuple(kinds))
+
+    return factors.keep(segments.lengths, found) if isinstance(factors, Constant) else found()
 
 
 def _stacked(factors: Sequence[Tensor], bucket: Bucket, dtype: torch.dtype) -> Tensor:
     """[G, ...] in `dtype`: a copy for several, which costs less than their products one by one."""
     if len(bucket.members) == 1:
         return factors[bucket.members[0]].to(dtype)[None]
+    if isinstance(factors, Constant):
+        return factors.keep((bucket.members, dtype), lambda: _stack(factors, bucket, dtype))
+    return _stack(factors, bucket, dtype)
+
+
+def _stack(factors: Sequence[Tensor], bucket: Bucket, dtype: torch.dtype) -> Tensor:
     return torch.stack([factors[t] for t in bucket.members]).to(dtype)
 
 

@@ -8,8 +8,8 @@ need no waiting for the device. Rows of no adapter are in no segment. It imports
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class Segments(NamedTuple):
     def starts(self) -> list[int]:
         """Where each segment begins in `order`, and where the last one ends: T + 1 numbers."""
         return starts_of(self.lengths)
+
+
+class Constant(tuple):
+    """Tensors that do not change while this object lives. What has been made of them is kept in it: stacks, tables."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.kept: dict[Hashable, Any] = {}
+
+    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
 
 class Drop(NamedTuple):

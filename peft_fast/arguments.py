@@ -22,12 +22,3 @@ def note_offload(config: Any, ephemeral_gpu_offload: bool) -> None:
     elif ephemeral_gpu_offload:
         kind = PeftType(config.peft_type).value
         warnings.warn(f"ephemeral_gpu_offload=True has no effect on {kind} adapters: leave it out", stacklevel=3)
-
-
-def refuse_mixed_batch(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError(
-            "adapter_names (several adapters in one batch) is not built yet: run a batch per adapter, with set_adapter"
-        )
-    if kwargs.pop("alora_offsets", None) is not None:
-        raise NotImplementedError("alora_offsets need activated LoRA, which is not built yet: leave them out")

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers.utils import PushToHubMixin
 
 from .adapter_file import load_peft_weights
-from .arguments import check_trainable_file, note_offload, refuse_mixed_batch
+from .arguments import check_trainable_file, note_offload
 from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .integrations.recognised import Recognised
 from .integrations.vllm import check_and_leave_out_embeddings, for_vllm
 from .kbit import make_inputs_require_grad
+from .mixed_batches import MixedBatches
 from .peft_types import PeftType
 from .prompts import LearnsPrompts
 from .saving import write_adapter, write_card
@@ -37,7 +38,7 @@ from .tuners.names import list_of_names
 from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
+class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
@@ -173,12 +174,15 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_mixed_batch(kwargs)
-        return self.base_model(*args, **kwargs)
+        with self._mixed_batch(kwargs):
+            return self.base_model(*args, **kwargs)
 
     def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         """What a task's forward does: pass on what was given, after the prompt where there is one."""
-        refuse_mixed_batch(kwargs)
+        with self._mixed_batch(kwargs):
+            return self._call_with(given, task_ids, kwargs)
+
+    def _call_with(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         inputs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
         if self._has_prompt:
             return self._call_with_prompt(inputs, task_ids)
@@ -190,11 +194,11 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
         return self.base_model(**inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_mixed_batch(kwargs)
         model: Any = self.get_base_model()
         if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
             model.generation_config = self.generation_config
-        return self._generator().generate(*args, **kwargs)
+        with self._mixed_batch(kwargs):
+            return self._generator().generate(*args, **kwargs)
 
     def _generator(self) -> Any:
         """Whose `generate` is called."""

@@ -44,10 +44,10 @@ class MultiCase:
         for name, leaf in named.items():
             leaf.requires_grad_(name in needs)
         T = range(len(self.A))
+        adapters = ops.Adapters([named[f"A{t}"] for t in T], [named[f"B{t}"] for t in T], self.scales, self.p)
         y = ops.lora_linear_multi(
-            named["x"], self.weight, [named[f"A{t}"] for t in T], [named[f"B{t}"] for t in T], self.scales,
-            self.segments, named.get("bias"), dropout_p=self.p, dropout_keys=self.keys, backend=backend,
-        )  # fmt: skip
+            named["x"], self.weight, adapters, self.segments, named.get("bias"), dropout_keys=self.keys, backend=backend
+        )
         grads = torch.autograd.grad(y, [named[n] for n in needs], self.d_y) if needs else []
         return {"y": y.detach(), **dict(zip(needs, grads))}
 

@@ -153,10 +153,8 @@ def test_kept_for_backward_is_x_and_s():
     x, *leaves = case.leaves()
     own = {t.data_ptr() for t in (x, *leaves, case.weight, case.keys, case.segments.order)}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.lora_linear_multi(
-            x, case.weight, leaves[:2], leaves[2:4], case.scales, case.segments,
-            dropout_p=case.p, dropout_keys=case.keys,
-        )  # fmt: skip
+        adapters = ops.Adapters(leaves[:2], leaves[2:4], case.scales, case.p)
+        ops.lora_linear_multi(x, case.weight, adapters, case.segments, dropout_keys=case.keys)
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(64, 8)]
 
 
@@ -193,21 +191,52 @@ def test_segments_of_samples_are_those_of_their_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scales=[1.0]), "segments are of 2 adapters, so scales must have 2 entries, got 1"),
         (dict(x=torch.randn(9, 64)), "segments are of 8 rows, and x"),
         (dict(x=torch.randn(8, 60)), "x must have K=64 features"),
-        (dict(A=[torch.randn(4, 64), torch.randn(3, 60)]), r"adapter 1: A must be \[R, 64\]"),
-        (dict(dropout_p=[0.1, 2.0]), "dropout_p must lie in"),
-        (dict(dropout_p=[0.1, 0.0]), r"needs dropout_keys, int32 \[2, 2\]"),
-        (dict(weight=None, bias=torch.zeros(48)), "bias is the base layer's"),
+        (dict(weight=torch.randn(48, 60), x=torch.randn(8, 60)), "adapters are for a weight of shape"),
+        (dict(weight=None), "without a weight"),
         (dict(bias=torch.zeros(5)), "bias must be"),
+        (dict(dropout_keys=None), r"needs dropout_keys, int32 \[2, 2\]"),
+        (dict(segments=segments.of_samples([0] * 8, 1, 1, "cpu")), "segments are of 1 adapters, got 2"),
     ],
 )
 def test_refuses(change, message):
-    case = make_case([0, 1] * 4, [4, 3])
-    arguments = dict(x=case.x, weight=case.weight, A=case.A, B=case.B, scales=case.scales, segments=case.segments)
+    case = make_case([0, 1] * 4, [4, 3], p=(0.1,))
+    adapters = ops.Adapters(case.A, case.B, case.scales, case.p)
+    arguments = dict(x=case.x, weight=case.weight, adapters=adapters, segments=case.segments, bias=case.bias)
     with pytest.raises(ValueError, match=message):
-        ops.lora_linear_multi(**{**arguments, **change})
+        ops.lora_linear_multi(**{**arguments, "dropout_keys": case.keys, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([torch.zeros(4, 8)], [torch.zeros(6, 4)], []), ValueError, "1 adapters scales must have as many"),
+        (([torch.zeros(4, 8)], [torch.zeros(6, 3)], [1.0]), ValueError, r"A must be \[R, 8\] and B \[6, R\]"),
+        (([torch.zeros(4, 8)], [torch.zeros(6, 4)], [1.0], [2.0]), ValueError, "dropout_p must lie in"),
+        (([torch.zeros(4, 8, dtype=torch.int8)], [torch.zeros(6, 4)], [1.0]), TypeError, "cast them"),
+    ],
+)
+def test_adapters_refuse(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.Adapters(*arguments)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_constant_adapters(backend, device):
+    """What is kept of them serves other batches and lengths too, and gives the same numbers."""
+    first, second = (
+        make_case(scattered(lengths), [8, 8, 3, 8], device=device)
+        for lengths in ({0: 1, 1: 1, 2: 1, 3: 1}, {-1: 3, 0: 5, 2: 5, 3: 2})
+    )
+    adapters = ops.Adapters(first.A, first.B, first.scales, constant=True)
+    for case in (first, second, first):
+        case.A, case.B, case.p = first.A, first.B, [0.0] * 4
+        with torch.no_grad():
+            y = ops.lora_linear_multi(case.x, case.weight, adapters, case.segments, case.bias, backend=backend)
+        assert torch.equal(y, case.run(backend, ())["y"])
+    assert adapters.A.kept
 
 
 def test_refuses_numbers_of_no_adapter():

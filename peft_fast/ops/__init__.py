@@ -15,6 +15,7 @@ plain torch. Layers call these and never ask about devices.
 """
 
 from peft_fast.kernels.dropout import new_key as new_dropout_key
+from peft_fast.kernels.dropout import new_key_table as new_dropout_key_table
 from peft_fast.kernels.dropout import new_keys as new_dropout_keys
 
 from .dora import merged_norms, row_squares, scale_columns
@@ -23,12 +24,13 @@ from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import lora_mlp
-from .multi import choose_multi, lora_linear_multi, segments_of_rows, segments_of_samples
+from .multi import Adapters, choose_multi, lora_linear_multi, segments_of_rows, segments_of_samples
 from .projection import Projection
 from .quant import dequantize, quant_matmul
 from .table import Call, choose, choose_product
 
 __all__ = [
+    "Adapters",
     "Call",
     "Projection",
     "choose",
@@ -46,6 +48,7 @@ __all__ = [
     "lora_up_add",
     "merged_norms",
     "new_dropout_key",
+    "new_dropout_key_table",
     "new_dropout_keys",
     "quant_matmul",
     "row_squares",

@@ -15,12 +15,55 @@ from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Choice, Op
 from peft_fast.kernels import reference_multi
-from peft_fast.kernels.segments import Drop, Segments, of_rows, of_samples
+from peft_fast.kernels.segments import Constant, Drop, Segments, of_rows, of_samples
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
-from .checks import check_bias, check_device, check_floating
-from .library import autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
+from .checks import FLOATS, check_bias, check_device, check_floating
+from .library import IMPLEMENTATIONS, autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
+
+
+class Adapters:
+    """The adapters of one linear layer in a batch: T tensors A_t [R_t, K] and B_t [N, R_t], in the dtype of what they
+    multiply or fp32, T scales and T dropout probabilities. A rank of 0 adds nothing.
+
+    `constant`: they do not change while this object lives, so that what is made of them once (stacked copies on the
+    CPU, tables of addresses for Triton) serves every call without gradients: the steps of generating.
+    Raises ValueError for shapes that do not fit, TypeError for dtypes that nothing is multiplied in.
+    """
+
+    def __init__(
+        self,
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        scales: Sequence[float],
+        dropout_p: Sequence[float] | None = None,
+        *,
+        constant: bool = False,
+    ) -> None:
+        kind = Constant if constant else tuple
+        self.A, self.B = kind(A), kind(B)
+        self.scales = tuple(float(scale) for scale in scales)
+        self.p = (0.0,) * len(self.A) if dropout_p is None else tuple(float(p) for p in dropout_p)
+        self.drops = any(self.p)
+        self.K = self.A[0].shape[-1] if self.A else 0
+        self.N = self.B[0].shape[0] if self.B else 0
+        self._check()
+
+    def _check(self) -> None:
+        for name, entries in (("B", self.B), ("scales", self.scales), ("dropout_p", self.p)):
+            if len(entries) != len(self.A):
+                raise ValueError(f"of {len(self.A)} adapters {name} must have as many entries, got {len(entries)}")
+        for t, (a, b) in enumerate(zip(self.A, self.B)):
+            if a.dim() != 2 or a.shape[1] != self.K or b.shape != (self.N, a.shape[0]):
+                shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+                raise ValueError(f"adapter {t}: A must be [R, {self.K}] and B [{self.N}, R], got {shapes}")
+            if a.dtype not in FLOATS or b.dtype not in FLOATS:
+                raise TypeError(f"adapter {t}: A is {a.dtype} and B {b.dtype}: cast them to one of {FLOATS}")
+            if a.device != self.A[0].device or b.device != self.A[0].device:
+                raise ValueError(f"adapters must be on one device, got {a.device}, {b.device}, {self.A[0].device}")
+        if any(not 0.0 <= p <= 1.0 for p in self.p):
+            raise ValueError(f"dropout_p must lie in [0, 1], got {list(self.p)}")
 
 
 def _why_not(dtype: torch.dtype, *adapters: torch.dtype) -> str | None:
@@ -218,84 +261,66 @@ class _LoraLinearMulti(torch.autograd.Function):
 def lora_linear_multi(
     x: Tensor,
     weight: Tensor | QuantizedWeight | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scales: Sequence[float],
+    adapters: Adapters,
     segments: Segments,
     bias: Tensor | None = None,
     *,
-    dropout_p: Sequence[float] | None = None,
     dropout_keys: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias + scale_t * dropout_t(x) @ A_t.T @ B_t.T, t being the adapter of each row.
 
-    weight: frozen, [N, K]; None: the adapters' part alone. A: T tensors [R_t, K]; B: T tensors [N, R_t], in x's dtype
-    or fp32; a rank of 0 adds nothing. scales: T numbers. segments: which rows of x, seen as [M, K], are whose: of
-    `segments_of_samples` or `segments_of_rows`, made once for all layers. dropout_p: T probabilities; dropout_keys:
-    int32 [T, 2], where one is above 0. The mask of a row is that of its place within its adapter's rows: an adapter's
-    output and gradients are those of a batch that it has for itself (up to rounding: another number of rows may make
-    the base product sum in another order).
+    weight: frozen, [N, K]; None: the adapters' part alone. segments: which rows of x, seen as [M, K], are whose: of
+    `segments_of_samples` or `segments_of_rows`, made once for all layers. dropout_keys: int32 [T, 2], where an adapter
+    drops out. The mask of a row is that of its place within its adapter's rows: an adapter's output and gradients are
+    those of a batch that it has for itself (up to rounding: another number of rows may make the base product sum in
+    another order).
 
-    dtype: of the product and the output; default: autocast's where that is on, else x's own. Differentiable in x, A, B,
-    bias and a dense weight. Raises ValueError for shapes that do not fit, TypeError for dtypes that do not.
+    dtype: of the product and the output; default: autocast's where that is on, else x's own. Differentiable in x, the
+    adapters, bias and a dense weight. Raises ValueError for shapes that do not fit, TypeError for dtypes that do not.
     """
-    check_floating(x=x, **{f"A[{t}]": a for t, a in enumerate(A)}, **{f"B[{t}]": b for t, b in enumerate(B)})
     tensors, fmt = ([], "") if weight is None else flatten(weight)
-    K = x.shape[-1]
-    N = weight.shape[0] if weight is not None else (B[0].shape[0] if B else 0)
-    p = [0.0] * len(A) if dropout_p is None else [float(one) for one in dropout_p]
-    _check(x, weight, A, B, scales, segments, p, dropout_keys, N)
+    N, K = weight.shape if weight is not None else (adapters.N, x.shape[-1])
+    _check(x, (N, K), adapters, segments, dropout_keys)
     check_bias(bias, N)
-    if weight is None and bias is not None:
-        raise ValueError("bias is the base layer's: give the weight too, or add it yourself")
+    if weight is None and (bias is not None or not adapters.A):
+        raise ValueError("without a weight there is the adapters' part alone: it has no bias, and needs an adapter")
     kind = product_dtype(x)
     if tensors and not fmt and dtype is None and not autocasting(x.device.type) and tensors[0].dtype != x.dtype:
         raise TypeError(
             f"x is {x.dtype} but the weight is {tensors[0].dtype}: cast one of them, give dtype, or use torch.autocast"
         )
-    check_device(x, weight=tensors[0] if tensors else None, bias=bias, order=segments.order, dropout_keys=dropout_keys)
-    check_device(x, **{f"A[{t}]": a for t, a in enumerate(A)}, **{f"B[{t}]": b for t, b in enumerate(B)})
-    settings = len(A), fmt, list(segments.lengths), [float(c) for c in scales], p, resolve(backend)
-    keys = dropout_keys if any(p) else None
-    y = _LoraLinearMulti.apply(x.reshape(-1, K), bias, keys, segments.order, settings, dtype or kind, *A, *B, *tensors)
+    first = adapters.A[0] if adapters.A else None
+    check_device(x, weight=tensors[0] if tensors else None, bias=bias, order=segments.order, A=first, key=dropout_keys)
+    keys, kind, backend = dropout_keys if adapters.drops else None, dtype or kind, resolve(backend)
+    rows = x.reshape(-1, K)
+    numbers = segments.lengths, adapters.scales, adapters.p
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        settings = len(adapters.A), fmt, *map(list, numbers), backend
+        y = _LoraLinearMulti.apply(rows, bias, keys, segments.order, settings, kind, *adapters.A, *adapters.B, *tensors)
+    else:  # the op itself would get lists of A and B that nothing can be kept in
+        run = IMPLEMENTATIONS["lora_linear_multi"]
+        y, _ = run(rows, tensors, fmt, bias, adapters.A, adapters.B, segments.order, *numbers, keys, kind, backend)
     return y.view(*x.shape[:-1], N)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scales: Sequence[float],
-    segments: Segments,
-    p: Sequence[float],
-    keys: Tensor | None,
-    N: int,
-) -> None:
+def _check(x: Tensor, shape: tuple[int, int], adapters: Adapters, segments: Segments, keys: Tensor | None) -> None:
     """ValueError for what does not fit together."""
-    K, T = x.shape[-1], len(segments.lengths)
-    if weight is not None and weight.shape[1] != K:
-        raise ValueError(f"x must have K={weight.shape[1]} features for this weight, got {tuple(x.shape)}")
-    counts = {"A": len(A), "B": len(B), "scales": len(scales), "dropout_p": len(p)}
-    for name, count in counts.items():
-        if count != T:
-            raise ValueError(f"the segments are of {T} adapters, so {name} must have {T} entries, got {count}")
-    if weight is None and not A:
-        raise ValueError("without a weight and without adapters there is nothing to compute: give one of them")
-    for t, (a, b) in enumerate(zip(A, B)):
-        if a.dim() != 2 or a.shape[1] != K or b.shape != (N, a.shape[0]):
-            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-            raise ValueError(f"adapter {t}: A must be [R, {K}] and B [{N}, R], got {shapes}")
+    K, T = shape[1], len(adapters.A)
+    check_floating(x=x)
+    if x.shape[-1] != K:
+        raise ValueError(f"x must have K={K} features for a weight of shape {shape}, got {tuple(x.shape)}")
+    if T and shape != (adapters.N, adapters.K):
+        raise ValueError(f"the adapters are for a weight of shape {(adapters.N, adapters.K)}, got {shape}")
+    if len(segments.lengths) != T:
+        raise ValueError(f"the segments are of {len(segments.lengths)} adapters, got {T}")
     rows = x.numel() // K if K else 0
     if rows != segments.M:
         raise ValueError(f"the segments are of {segments.M} rows, and x {tuple(x.shape)} has {rows}")
-    if any(not 0.0 <= one <= 1.0 for one in p):
-        raise ValueError(f"dropout_p must lie in [0, 1], got {list(p)}")
-    if any(p) and (keys is None or keys.shape != (T, 2) or keys.dtype != torch.int32):
+    if adapters.drops and (keys is None or keys.shape != (T, 2) or keys.dtype != torch.int32):
         got = "None" if keys is None else f"{tuple(keys.shape)} {keys.dtype}"
-        raise ValueError(f"dropout_p > 0 needs dropout_keys, int32 [{T}, 2], a new one per forward, got {got}")
+        raise ValueError(f"dropout needs dropout_keys, int32 [{T}, 2], a new one per forward, got {got}")
 
 
 segments_of_rows, segments_of_samples = of_rows, of_samples

@@ -24,7 +24,7 @@ from peft_fast.transaction import unchanged_on_error
 
 from .auxiliary import Auxiliary, bias_keys, check_biases
 from .base_weight import HALF_DTYPES
-from .layer import AdapterHolder, BaseTunerLayer
+from .layer import AdapterHolder, BaseTunerLayer, holders_in
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper
@@ -376,15 +376,11 @@ class BaseTuner(nn.Module):
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         """(path, module) of everything that holds adapters."""
-        for path, module in self.model.named_modules():
-            if isinstance(module, AdapterHolder):
-                yield path, module
+        return holders_in(self.model)
 
     def layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         """(path, layer) of every adapted layer."""
-        for path, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                yield path, module
+        return ((path, holder) for path, holder in self.holders() if isinstance(holder, BaseTunerLayer))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -8,7 +8,7 @@ and `get_delta_weight`, and writes `forward`. Names and state-dict keys are peft
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class AdapterHolder(nn.Module):
 
     adapter_layer_names: tuple[str, ...] = ()  # attributes that are ModuleDicts or ParameterDicts {adapter: weights}
     other_param_names: tuple[str, ...] = ()  # attributes that are dicts {adapter: anything else}
+
+    mixed_batch: Any = None  # a MixedBatch, during a forward whose samples go through different adapters
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,11 +118,33 @@ class AdapterHolder(nn.Module):
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
 
+def holders_in(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:
+    """(path, module) of everything that holds adapters, in the order of named_modules.
+
+    Does not look into the adapters themselves: with 64 of them in a small Llama that took 7 ms of a 5 ms forward.
+    """
+    seen: set[nn.Module] = set()
+    todo = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children: Any = module._modules
+        if isinstance(module, AdapterHolder):
+            yield path, module
+            own = {*module.adapter_layer_names, *module.other_param_names}
+            children = {name: child for name, child in children.items() if name not in own}
+        prefix = f"{path}." if path else ""
+        todo += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+
+
 class BaseTunerLayer(AdapterHolder):
     """A layer of the base model (`base_layer`) with adapters around it."""
 
     base_layer: nn.Module
     weight_name = "weight"  # the parameter of the base layer that adapters are added to
+    why_not_mixed: str | None = None  # why its samples cannot go through different adapters, where they cannot
     cast_input_dtype_enabled = True  # see helpers.disable_input_dtype_casting
     backend: str | None = None  # "triton" or "torch": for this layer, whatever the process-wide choice is
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from .base_weight import quantized_weight
 from .layer import AdapterHolder, BaseTunerLayer
+from .mixed_batch import one_by_one
 from .offload import trainable_copy
 
 
@@ -66,6 +67,8 @@ class ModulesToSaveWrapper(AdapterHolder, AuxiliaryTrainingWrapper):
         return self.modules_to_save[here[0]] if here else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mixed_batch is not None:
+            return one_by_one(self, *args, **kwargs)
         return self.current(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -26,6 +26,8 @@ class OutProjection(Linear):
     """The out_proj of an attention, which reads its weight and its bias and never calls it: so it is in the weight that
     the adapters are."""
 
+    why_not_mixed = "torch reads its weight, with the adapters in it, and calls no layer"
+
     dora_layer = None
 
     def _get_name(self) -> str:
@@ -54,6 +56,8 @@ class EncoderLinear(Linear):
     """linear1 or linear2 of a torch.nn.TransformerEncoderLayer, whose fast path (in eval mode, where no gradient is
     wanted) reads their weights and calls neither. So the adapters are in what it reads; else the layer is called."""
 
+    why_not_mixed = "torch reads its weight, with the adapters in it, and calls no layer"
+
     def _get_name(self) -> str:
         return "Linear"
 
@@ -79,6 +83,7 @@ class MultiheadAttention(LoraLayer):
     """Adapts in_proj and out_proj together. kdim and vdim must be embed_dim. lora_dropout has no effect, as in peft."""
 
     weight_name = "in_proj_weight"
+    why_not_mixed = "torch reads its weight, with the adapters in it, and calls no layer"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)

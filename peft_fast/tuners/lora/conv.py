@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fast.dispatch import Choice
+from peft_fast.tuners.mixed_batch import one_by_one
 
 from . import dora
 from .config import LoraConfig
@@ -80,6 +81,8 @@ class _ConvNd(WithConstants):
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.mixed_batch is not None:
+            return one_by_one(self, x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.tuners.base_weight import why_not_embedding
+from peft_fast.tuners.mixed_batch import one_by_one
 
 from . import dora
 from .config import LoraConfig
@@ -66,6 +67,8 @@ class Embedding(WithConstants):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """ids: [...] -> [..., embedding_dim] in the table's dtype."""
+        if self.mixed_batch is not None:
+            return one_by_one(self, ids, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters, base = self.adapters_in_effect(), self.base_layer

@@ -21,7 +21,7 @@ from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.scaling import ScaledLayer
 
-from . import dora, initialisation
+from . import dora, initialisation, multi
 from .called import call, why_called
 from .config import LoraConfig
 from .scales import folded
@@ -257,6 +257,8 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
+        if self.mixed_batch is not None:
+            return multi.forward(self, x, *args, **kwargs)
         if self.group is not None and not (args or kwargs) and (y := self.group.take(self, x)) is not None:
             return y
         if self.disable_adapters and self.merged:

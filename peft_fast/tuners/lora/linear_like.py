@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_fast.dispatch import Choice
+from peft_fast.tuners.mixed_batch import one_by_one
 
 from .layer import Linear
 
@@ -41,6 +42,8 @@ class LinearLike(Linear):
         return torch.empty(0, dtype=dtype, device=tensors[0].device if tensors else None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.mixed_batch is not None:
+            return one_by_one(self, x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         return self.plus(y, x.to(y.dtype), self.adapters_in_effect())
 

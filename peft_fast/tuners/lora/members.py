@@ -36,6 +36,8 @@ def member(layer: Any) -> Member | str:
     """How an op takes the layer, or why it must be called."""
     base, adapters = layer, []
     if is_lora(layer):
+        if getattr(layer, "mixed_batch", None) is not None:
+            return "has a batch of several adapters"
         if type(layer) not in JOINING:
             return f"is a {type(layer).__name__}"
         if layer.merged:

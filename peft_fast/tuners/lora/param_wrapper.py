@@ -59,6 +59,8 @@ class ParamWrapper(LoraLayer):
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r * self.num_experts, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * self.num_experts, self.out_features, bias=False)
 
+    why_not_mixed = "the adapter is on a parameter, which all samples share"
+
     @property
     def weight(self) -> Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)

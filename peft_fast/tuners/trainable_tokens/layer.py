@@ -16,6 +16,7 @@ from peft_fast.dispatch import Choice
 from peft_fast.tuners._buffer_dict import BufferDict
 from peft_fast.tuners.base_weight import is_dense_linear, quantized_weight, why_not_embedding
 from peft_fast.tuners.layer import BaseTunerLayer
+from peft_fast.tuners.mixed_batch import one_by_one
 from peft_fast.tuners.offload import onloaded
 
 
@@ -152,6 +153,8 @@ class TrainableTokensLayer(BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Of an embedding x: ids [...] -> [..., dim]; of a linear layer [..., dim] -> [..., tokens]."""
+        if self.mixed_batch is not None:
+            return one_by_one(self, x, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self.adapters_in_effect()

@@ -1,0 +1,157 @@
+"""PeftModel's part of batches of several adapters: who may be named, and training them together.
+
+model(..., adapter_names=["a", "b", "__base__"])       outputs, as in peft
+model.enable_mixed_batch_training()                    and gradients: in peft an error
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tuners.layer import BaseTunerLayer
+from .tuners.mixed_batch import MixedBatch, adapters_of, within
+
+
+class MixedBatchTraining:
+    """What training several adapters in one batch keeps: of each a random generator of its own, a seed and a count, so
+    that its dropout does not depend on which others are in the batch."""
+
+    def __init__(self, adapters: Sequence[str], seeds: Mapping[str, int]) -> None:
+        self.adapters = list(adapters)
+        self.seeds = dict(seeds)
+        self.counts = dict.fromkeys(adapters, 0)
+
+    def keys(self, adapters: Sequence[str], paths: Sequence[str], device: torch.device) -> Tensor:
+        """int32 [layers, adapters, 2] for one forward: of the adapters' next numbers, and the layers' paths."""
+        step = []
+        for name in adapters:
+            step.append(_two_words(f"{self.seeds[name]}/{self.counts[name]}"))
+            self.counts[name] += 1
+        step += [(0, 0)] * (len(step) % 2)  # each layer's keys begin at a multiple of 16 bytes: see dropout.new_keys
+        of_step = torch.tensor(step, dtype=torch.int32).view(-1, 2).to(device, non_blocking=True)
+        return (of_step ^ _of_layers(tuple(paths), device))[:, : len(adapters)]
+
+
+@functools.lru_cache(maxsize=16)
+def _of_layers(paths: tuple[str, ...], device: torch.device) -> Tensor:
+    """int32 [layers, 1, 2]"""
+    return torch.tensor([_two_words(path) for path in paths], dtype=torch.int32).view(-1, 1, 2).to(device)
+
+
+def _two_words(text: str) -> tuple[int, int]:
+    """Two int32, as random as the text is particular."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return tuple(int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4))  # type: ignore[return-value]
+
+
+class MixedBatches:
+    """The methods of PeftModel."""
+
+    base_model: Any
+    peft_type: Any
+    peft_config: dict[str, Any]
+    training: bool
+    _mixed_training: MixedBatchTraining | None = None
+
+    def enable_mixed_batch_training(
+        self, adapter_names: Sequence[str] | None = None, seeds: Mapping[str, int] | None = None
+    ) -> None:
+        """Let `adapter_names=[...]` be given in training mode, and train these adapters (all, unless named).
+
+        Each sample trains the adapter that is named for it, as if this had a batch for itself: outputs and gradients
+        are those of separate batches, up to rounding, dropout included. For a loss of each adapter's own, take the mean
+        over its own samples and add these up. `seeds`: of each adapter's dropout; by default made from torch's seed and
+        the adapter's name. Raises ValueError for adapters that do not exist or are no LoRA.
+        """
+        names = list(self.peft_config) if adapter_names is None else list(adapter_names)
+        holders = dict(self.base_model.holders()) if self.peft_type == "LORA" else {}
+        self._check_mixed(names, holders)
+        seeds = dict(seeds or {})
+        unknown = [name for name in [*seeds] if name not in names]
+        if unknown:
+            raise ValueError(f"seeds are for the adapters {names}, got one for {unknown[0]!r}")
+        own = {name: seeds.get(name, _two_words(f"{torch.initial_seed()}/{name}")[0]) for name in names}
+        self._mixed_training = MixedBatchTraining(names, own)
+        self.base_model.set_requires_grad(names, True)
+
+    def disable_mixed_batch_training(self) -> None:
+        """Train the active adapters only, and refuse adapter_names in training mode, as peft does."""
+        self._mixed_training = None
+        active = self.base_model.active_adapters
+        for name in self.peft_config:
+            self.base_model.set_requires_grad([name], name in active and not self.peft_config[name].inference_mode)
+
+    @contextmanager
+    def _mixed_batch(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Take adapter_names out of a call's arguments; within, the model's layers go by them."""
+        if kwargs.pop("alora_offsets", None) is not None:
+            raise NotImplementedError("alora_offsets need activated LoRA, which is not built yet: leave them out")
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"adapter_names must be a list with a name for each sample, got {names!r}")
+        holders = dict(self.base_model.holders()) if self.peft_type == "LORA" else {}
+        self._check_mixed(adapters_of(names), holders)
+        with within(self.base_model, list(holders.values()), self._new_batch(names, holders, _repeats(self, kwargs))):
+            yield
+
+    def _new_batch(self, names: Sequence[Any], holders: Mapping[str, Any], repeats: int) -> MixedBatch:
+        training = self._mixed_training
+        if not self.training:
+            return MixedBatch(names, repeats)
+        if training is None:
+            raise ValueError(
+                "adapter_names cannot be given in training mode: call model.eval(), or, to train several adapters in "
+                "one batch, model.enable_mixed_batch_training()"
+            )
+        adapters = adapters_of(names)
+        left_out = [name for name in adapters if name not in training.adapters]
+        if left_out:
+            raise ValueError(
+                f"adapter {left_out[0]!r} is not among those that are trained together, {training.adapters}: name it "
+                "in enable_mixed_batch_training, or call model.eval()"
+            )
+        tuned = {path: layer for path, layer in holders.items() if isinstance(layer, BaseTunerLayer)}
+        device = next(iter(layer.weight.device for layer in tuned.values()), torch.device("cpu"))
+        keys = training.keys(adapters, list(tuned), device)
+        return MixedBatch(names, repeats, keys, {layer: i for i, layer in enumerate(tuned.values())})
+
+    def _check_mixed(self, adapters: Sequence[str], holders: Mapping[str, Any]) -> None:
+        """Raise ValueError or TypeError where these adapters cannot be in one batch."""
+        kinds = {config.peft_type for config in self.peft_config.values()}
+        if kinds != {"LORA"}:
+            raise ValueError(f"only LoRA adapters can be mixed in one batch, got {', '.join(sorted(map(str, kinds)))}")
+        unknown = sorted(name for name in adapters if name not in self.peft_config)
+        if unknown:
+            known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
+            raise ValueError(f"adapter_names has adapters that do not exist: {', '.join(unknown)}; there are {known}")
+        for path, layer in holders.items():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if layer.merged:
+                raise ValueError(
+                    f"adapter_names cannot be given while adapters are merged, as {layer.merged_adapters} into {path}: "
+                    "call unmerge_adapter first"
+                )
+            if layer.why_not_mixed is not None and any(layer.has_adapter(name) for name in adapters):
+                raise TypeError(f"{path} cannot have a batch of several adapters: {layer.why_not_mixed}")
+
+
+def _repeats(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each sample."""
+    configs = (kwargs.get("generation_config"), getattr(model.get_base_model(), "generation_config", None))
+
+    def setting(name: str) -> int:
+        for found in (kwargs.get(name), *(getattr(config, name, None) for config in configs)):
+            if isinstance(found, int):
+                return found
+        return 1
+
+    return max(setting("num_beams"), setting("num_return_sequences"))

@@ -1,0 +1,90 @@
+"""A linear layer in a batch whose samples go through different adapters: one op for all of them, however many."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_fast import ops
+from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.tuners.mixed_batch import MixedBatch, one_by_one
+
+from .called import why_called
+from .scales import folded
+
+
+class Call(NamedTuple):
+    """What is the same for all forwards of a layer with one batch, as long as nothing is trained."""
+
+    here: list[str]  # adapters of the batch that the layer has
+    adapters: ops.Adapters
+    weight: Tensor | QuantizedWeight | None  # None: the base layer is called
+
+
+def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """y [samples, ..., out_features] of lora.Linear, in x's dtype (autocast's where that is on)."""
+    batch: MixedBatch = layer.mixed_batch
+    call = batch.kept.get(layer)
+    if call is None or torch.is_grad_enabled() or args or kwargs:
+        call = _call(layer, batch, x, called=bool(args or kwargs))
+        if not torch.is_grad_enabled():
+            batch.kept[layer] = call
+    if call is ONE_BY_ONE:
+        return one_by_one(layer, x, *args, **kwargs)
+    here, adapters, weight = call
+    segments = batch.segments(x)
+    keys = _keys(layer, batch, x) if adapters.drops else None
+    dtype = layer._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+    if weight is not None:
+        y = ops.lora_linear_multi(
+            x, weight, adapters, segments, layer.bias, dropout_keys=keys, dtype=dtype, backend=layer.backend
+        )  # fmt: skip
+    else:
+        y = layer.base_layer(x, *args, **kwargs)
+        if here:
+            part = ops.lora_linear_multi(x, None, adapters, segments, dropout_keys=keys, backend=layer.backend)
+            y = y + part.to(y.dtype)
+    y = _with_biases(layer, batch, x, y, here)
+    return y if dtype is None else y.to(x.dtype)
+
+
+ONE_BY_ONE = object()  # instead of a Call
+
+
+def _call(layer: Any, batch: MixedBatch, x: Tensor, called: bool) -> Any:
+    here = [name for name in batch.adapters if layer.has_adapter(name)]
+    with_magnitudes = any(name in layer.lora_magnitude_vector for name in here)
+    if layer.disable_adapters or with_magnitudes or why_called(layer, here) is not None:
+        return ONE_BY_ONE
+    A, B, scales, p = [], [], [], []
+    for name in batch.adapters:  # of rank 0 where this layer does not have it
+        down, up, scale = x.new_empty(0, layer.in_features), x.new_empty(layer.out_features, 0), 1.0
+        if name in here:
+            a, b = layer.factors(name)
+            down, (up, scale) = a.weight, folded(b.weight, layer.scaling[name])
+        A.append(down)
+        B.append(up)
+        scales.append(scale)
+        p.append(layer.dropout_p(name) if name in here else 0.0)
+    adapters = ops.Adapters(A, B, scales, p, constant=not torch.is_grad_enabled())
+    return Call(here, adapters, None if called else layer.product_weight())
+
+
+def _keys(layer: Any, batch: MixedBatch, x: Tensor) -> Tensor:
+    """Those of the model's mixed training; without one, as where layers are used without a PeftModel, new ones."""
+    keys = batch.keys(layer)
+    return ops.new_dropout_key_table(x.device, len(batch.adapters)) if keys is None else keys.to(x.device)
+
+
+def _with_biases(layer: Any, batch: MixedBatch, x: Tensor, y: Tensor, here: list[str]) -> Tensor:
+    """y plus each row's scale * bias of B, for adapters that have such (lora_bias)."""
+    biases = {name: layer.get_delta_bias(name) for name in here if layer.lora_bias[name]}
+    if not biases:
+        return y
+    none = torch.zeros(layer.out_features, dtype=torch.float32, device=y.device)
+    table = torch.stack([*(biases.get(name, none) for name in batch.adapters), none])  # the last: of no adapter
+    rows = torch.tensor(batch.of_rows(x), device=y.device)
+    of_row = table[rows].to(y.dtype)
+    while of_row.dim() < y.dim() and not batch.by_token:
+        of_row = of_row[:, None]
+    return y + (of_row.view(y.shape) if batch.by_token else of_row)

@@ -138,7 +138,9 @@ def lora_up_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
 
 def lora_gram_multi(R: int, itemsize: int) -> dict:
     """Three stages spill on sm_100, with dropout and gradients in fp32; 32 rows of fp32 on four others."""
-    return dict(BLOCK_M=32 if itemsize == 2 else 16, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4, num_stages=2)
+    return dict(
+        BLOCK_M=32 if itemsize == 2 else 16, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4, num_stages=2
+    )
 
 
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.

@@ -112,10 +112,7 @@ class Bucket(NamedTuple):
     members: tuple[int, ...]
     length: int
     first: tuple[int, ...]  # where in `order` each begins
-
-    @property
-    def is_consecutive(self) -> bool:
-        return all(b - a == self.length for a, b in zip(self.first, self.first[1:]))
+    is_consecutive: bool  # one behind the other
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,7 +124,11 @@ def buckets(lengths: tuple[int, ...], kinds: tuple) -> list[Bucket]:
         if length and kind is not None:
             found[length, kind].append(adapter)
     starts = starts_of(lengths)
-    return [Bucket(tuple(m), length, tuple(starts[t] for t in m)) for (length, _), m in found.items()]
+    made = []
+    for (length, _), members in found.items():
+        first = tuple(starts[t] for t in members)
+        made.append(Bucket(tuple(members), length, first, all(b - a == length for a, b in itertools.pairwise(first))))
+    return made
 
 
 @functools.lru_cache(maxsize=1024)

@@ -80,8 +80,15 @@ def choose_multi(device: torch.device, dtype: torch.dtype, adapters: set[torch.d
     return LORA_MULTI.choose(resolve(backend), device, dtype, *sorted(adapters, key=str))
 
 
-def _implementation(x: Tensor, factors: Sequence[Tensor], backend: Backend):
-    choice = choose_multi(x.device, x.dtype, {f.dtype for f in factors}, backend)
+def _dtypes(factors: Sequence[Tensor]) -> set[torch.dtype]:
+    def found() -> set[torch.dtype]:
+        return {factor.dtype for factor in factors}
+
+    return factors.keep("dtypes", found) if isinstance(factors, Constant) else found()
+
+
+def _implementation(x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], backend: Backend):
+    choice = choose_multi(x.device, x.dtype, _dtypes(A) | _dtypes(B), backend)
     if choice.backend == "torch":
         return reference_multi
     from peft_fast.kernels import lora_multi
@@ -127,7 +134,7 @@ def _forward(
         y = x.new_zeros(x.shape[0], B[0].shape[0])
     if not any(lengths):
         return y, x.new_empty(x.shape[0], max((a.shape[0] for a in A), default=0))
-    segments, run = Segments(order, tuple(lengths), x.shape[0]), _implementation(x, [*A, *B], backend)
+    segments, run = Segments(order, tuple(lengths), x.shape[0]), _implementation(x, A, B, backend)
     s = run.lora_down_multi(x, A, segments, Drop(tuple(ps), keys))
     run.lora_up_add_multi_(y, s, B, scales, segments)
     return y, s
@@ -203,7 +210,7 @@ def _adapters_backward(
     backend: Backend,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(the dA_t one behind the other, the dB_t likewise), None where not needed; the adapters' part is added to dx."""
-    run = _implementation(x, [*A, *B], backend)
+    run = _implementation(x, A, B, backend)
     needs_dx, needs_dA, needs_dB = needs
     ds, dB = run.lora_up_multi_backward(dy, s, B, scales, segments, needs_dA or needs_dx, needs_dB)
     dA = None if ds is None else run.lora_down_multi_backward(ds, x, A, segments, drop, dx, needs_dA)

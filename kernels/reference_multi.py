@@ -173,8 +173,8 @@ def _rows_of(segments: Segments, bucket: Bucket, device: torch.device) -> slice 
         start = bucket.first[0]
         rows = slice(start, start + len(bucket.members) * bucket.length)
         return rows if segments.order is None else segments.order[rows]
-    rows = places(bucket, device)
-    return rows if segments.order is None else segments.order[rows]
+    own = places(bucket, device)
+    return own if segments.order is None else segments.order[own]
 
 
 def _take(t: Tensor, segments: Segments, bucket: Bucket, columns: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ lora/multi.py computes all adapters of a linear layer at once; every other kind 
 on the samples that are its own (`one_by_one`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,19 @@ def adapters_of(names: Iterable[str | Sequence[str]]) -> list[str]:
     """The adapters among the names, in the order of their first samples."""
     flat = (one for name in names for one in ([name] if isinstance(name, str) else name))
     return [name for name in dict.fromkeys(flat) if name != BASE]
+
+
+def repeats_of(arguments: Mapping[str, Any], config: Any) -> int:
+    """How often `generate`, called with these arguments, repeats each sample; `config`: the model's own settings."""
+
+    def setting(name: str) -> int:
+        for source in (arguments, arguments.get("generation_config"), config):
+            found = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+            if isinstance(found, int):
+                return found
+        return 1
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
 
 
 @contextmanager

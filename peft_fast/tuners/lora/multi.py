@@ -61,18 +61,17 @@ def _call(layer: Any, batch: MixedBatch, x: Tensor) -> Any:
     with_magnitudes = any(name in layer.lora_magnitude_vector for name in here)
     if layer.disable_adapters or with_magnitudes or why_called(layer, here) is not None:
         return ONE_BY_ONE
-    A, B, scales, p = [], [], [], []
-    for name in batch.adapters:  # of rank 0 where this layer does not have it
-        down, up, scale = x.new_empty(0, layer.in_features), x.new_empty(layer.out_features, 0), 1.0
-        if name in here:
-            a, b = layer.factors(name)
-            down, (up, scale) = a.weight, folded(b.weight, layer.scaling[name])
-        A.append(down)
-        B.append(up)
-        scales.append(scale)
-        p.append(layer.dropout_p(name) if name in here else 0.0)
+    none = x.new_empty(0, layer.in_features), x.new_empty(layer.out_features, 0), 1.0, 0.0
+    each = [_adapter(layer, name) if layer.has_adapter(name) else none for name in batch.adapters]
+    A, B, scales, p = zip(*each) if each else ((), (), (), ())
     adapters = ops.Adapters(A, B, scales, p, constant=not torch.is_grad_enabled())
     return Call(here, adapters, layer.product_weight())
+
+
+def _adapter(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float]:
+    """(A [R, K], B [N, R], scale, dropout)"""
+    a, b = layer.factors(name)
+    return a.weight, *folded(b.weight, layer.scaling[name]), layer.dropout_p(name)
 
 
 def _keys(layer: Any, batch: MixedBatch, x: Tensor) -> Tensor:

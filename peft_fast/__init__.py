@@ -18,8 +18,9 @@ from .checkpoint import (
 )
 from .config import PeftConfig, PromptLearningConfig, get_peft_config
 from .dispatch import use_backend
-from .errors import NoMatchingPeftModuleError
+from .errors import NoMatchingPeftModuleError, PeftError
 from .explain import explain
+from .helpers import find_kappa_target_modules
 from .inject import inject_adapter_in_model
 from .integrations.accelerate import accelerate, restore
 from .integrations.stand_in import install_as_peft, install_if_asked
@@ -27,6 +28,7 @@ from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
@@ -62,12 +64,20 @@ from .tuners import (
     PromptTuningInit,
 )
 from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
-from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
+from .utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    bloom_model_postprocess_past_key_value,
+    replace_lora_weights_loftq,
+    shift_tokens_right,
+)
+from .utils.warning import PeftWarning
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -88,6 +98,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -97,6 +108,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",
@@ -114,6 +126,7 @@ __all__ = [
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "explain",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -165,6 +165,10 @@ class PeftConfig(PushToHubMixin):
         return config_type(**{key: value for key, value in options.items() if key not in unknown})
 
 
+PeftConfigMixin = PeftConfig  # of which peft makes two classes, one for the files and one for what is in them
+MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}  # of a file
+
+
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """What the methods have that learn prompts: virtual tokens before the input, and the base model as it is.

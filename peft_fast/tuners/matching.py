@@ -80,6 +80,11 @@ def find_targets(
     return found
 
 
+def is_meant(config: Any, path: str, target_modules: Collection[str] | str) -> bool:
+    """Whether the names in a config mean the module at this path."""
+    return matches(target_modules, path) and _is_wanted(config, path, target_modules)
+
+
 _FILTERS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
 

@@ -235,7 +235,7 @@ class TestFunctional:
                     call(llama(), "default")
             with pytest.raises(ValueError, match="prefix must be 'lora_'"):
                 f.delete_adapter(model, "default", "hada_")
-            with pytest.raises(NotImplementedError, match="layer_cls"):
+            with pytest.raises(ValueError, match="no layers of the class"):
                 f.set_adapter(model, "default", layer_cls=nn.Linear)
 
 

@@ -196,11 +196,6 @@ class LoraLayer(ScaledLayer):
             key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): name for key, name in keys.items()
         }
 
-    def _get_name(self) -> str:
-        """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
-        base = type(self.get_base_layer()).__name__ if "base_layer" in self._modules else ""
-        return base if base in ("Linear4bit", "Linear8bitLt") else super()._get_name()
-
     def initial_scale(self, adapter: str) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
         r = self.r[adapter]
@@ -224,8 +219,8 @@ class WithConstants(LoraLayer):
 
 
 class Linear(LoraLayer):
-    """LoRA around torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, or our
-    QuantizedLinear.
+    """LoRA around torch.nn.Linear, transformers' Conv1D, our QuantizedLinear, and as the base class of bnb.py's layers
+    bitsandbytes' Linear4bit and Linear8bitLt.
 
     A k-bit weight is multiplied by in floating point, in training and in eval mode. bitsandbytes does so too, but for
     Linear8bitLt in eval mode (on a GPU always): that rounds activations to 8 bits, row by row, and so differs by about
@@ -378,3 +373,9 @@ class Linear(LoraLayer):
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
+
+
+def __getattr__(name: str) -> Any:
+    from .names_of_peft import found_elsewhere  # modules that import this one
+
+    return found_elsewhere(__name__, name)

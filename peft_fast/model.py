@@ -25,6 +25,7 @@ from .files import locate, without_idle_arguments
 from .integrations.recognised import Recognised
 from .integrations.vllm import check_and_leave_out_embeddings, for_vllm
 from .kbit import make_inputs_require_grad
+from .knows_adapters import KnowsAdapters
 from .peft_types import PeftType
 from .prompts import LearnsPrompts
 from .saving import write_adapter, write_card
@@ -37,7 +38,7 @@ from .tuners.names import list_of_names
 from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
+class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
@@ -45,7 +46,6 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
     Raises ValueError or NotImplementedError for what cannot be done; `model` is then unchanged.
     """
 
-    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})  # ours, never the base model's
     _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
     base_model: Any  # a BaseTuner; where prompts are learned, the user's model
 
@@ -66,6 +66,7 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
                 model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
             )
         self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}  # ours, never the base model's
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
@@ -84,52 +85,12 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
         """What manages the adapters."""
         return PromptTuner(self) if self._is_prompt_learning else self.base_model
 
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        return self._tuner.peft_config
-
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Have the output of the model's input embeddings require gradients, unless its weights have few bits (which
         prepare_model_for_kbit_training is for)."""
         names = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         if not any(getattr(model, name, False) for name in names) and hasattr(model, "get_input_embeddings"):
             make_inputs_require_grad(model)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._tuner.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name; a list unless it is exactly one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        if not self.active_adapters:
-            raise ValueError("no adapter is active: every one was deleted")
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether some adapter is active and adapters are not switched off."""
-        if self._is_prompt_learning:
-            return bool(self.active_adapters) and not self._adapters_disabled
-        return bool(self.active_adapters) and not all(
-            holder.disable_adapters for _, holder in self.base_model.holders()
-        )
-
-    @property
-    def base_model_torch_dtype(self) -> torch.dtype | None:
-        return getattr(self.base_model, "dtype", None)
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        names = {
-            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
-        }
-        return names or None
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with our layers in it."""
@@ -145,7 +106,7 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
         """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
         peft_config = checked_config(peft_config)
         self._check_type(peft_config)
-        self._tuner.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._tuner.put_in(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _check_type(self, peft_config: PeftConfig) -> None:
         if peft_config.peft_type != self.peft_type:
@@ -156,12 +117,14 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._tuner.delete_adapter(adapter_name)
+        self._label = None
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Activate one adapter and train it, unless `inference_mode`. For several: `model.base_model.set_adapter`."""
         if not isinstance(adapter_name, str):
             raise TypeError(f"one name is needed, got {adapter_name!r}; model.base_model.set_adapter takes several")
         self._tuner.set_adapter(adapter_name, inference_mode)
+        self._label = None
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self._tuner.set_requires_grad(adapter_names, requires_grad)
@@ -173,12 +136,11 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_mixed_batch(kwargs)
-        return self.base_model(*args, **kwargs)
+        return self.base_model(*args, **self._for_the_base(kwargs))
 
     def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         """What a task's forward does: pass on what was given, after the prompt where there is one."""
-        refuse_mixed_batch(kwargs)
+        kwargs = self._for_the_base(kwargs)
         inputs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
         if self._has_prompt:
             return self._call_with_prompt(inputs, task_ids)
@@ -189,8 +151,13 @@ class PeftModel(Recognised, LearnsPrompts, PushToHubMixin, nn.Module):
             )
         return self.base_model(**inputs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _for_the_base(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward's keywords less those that are for adapters."""
         refuse_mixed_batch(kwargs)
+        return {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._for_the_base(kwargs)
         model: Any = self.get_base_model()
         if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
             model.generation_config = self.generation_config

@@ -311,6 +311,7 @@ def test_loftq_of_a_weight(bits):
     dequantised, A, B = loftq_init(weight, bits, 4, num_iter=2)
     assert (A.shape, B.shape, dequantised.dtype) == ((4, 64), (32, 4), torch.float32)
     assert (weight - dequantised - B @ A).norm() < (weight - dequantised).norm() < 0.2 * weight.norm()
+    assert not torch.equal(A, loftq_init(weight, bits, 4)[1])
     for wrong in ({"num_bits": 3}, {"num_iter": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             loftq_init(weight, **{"num_bits": bits, "reduced_rank": 4, **wrong})

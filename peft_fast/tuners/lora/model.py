@@ -165,7 +165,7 @@ class LoraModel(BaseTuner):
                 f"dimension above {largest}. Are adapter_config.json and the weights of one adapter?"
             )
 
-    def inject_adapter(
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -175,7 +175,7 @@ class LoraModel(BaseTuner):
     ) -> None:
         given, config = config, converted(self.model, config)
         with self._replicated(config):
-            super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            super().put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)

@@ -33,7 +33,7 @@ class MixedModel(BaseTuner):
     prefix = ""
     target_module_mapping = LORA_TARGETS
 
-    def inject_adapter(
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -50,7 +50,7 @@ class MixedModel(BaseTuner):
         with unchanged_on_error(self, config):
             tuner = COMPATIBLE[PeftType(config.peft_type)].around(self.model, self.peft_config)
             tuner.active_adapters = list(self.active_adapters)
-            tuner.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            tuner.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._check_magnitudes()
             self.active_adapters = tuner.active_adapters
             self.targeted_module_names += [

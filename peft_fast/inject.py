@@ -49,8 +49,8 @@ def inject_adapter_in_model(
         model.peft_config = there  # type: ignore[assignment]
     if before:
         warnings.warn(
-            f"the model has the adapters {sorted(there.keys() - {adapter_name})} already: {adapter_name!r} is added to them, and what was "
-            "trainable of them stays so",
+            f"the model has the adapters {sorted(there.keys() - {adapter_name})} already: {adapter_name!r} is added to "
+            "them, and what was trainable of them stays so",
             stacklevel=2,
         )
     return model

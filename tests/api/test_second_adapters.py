@@ -50,6 +50,8 @@ def test_setting_it_says_that_the_layers_stay(llama, recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"'default'\] stay active.*set_adapter\('other'\)"):
         model.active_adapter = "other"
+    model.base_model.set_adapter(["default", "other"])  # which is said now
+    assert model.active_adapter == ["default", "other"]
     for wrong in ("none", ["other"], None):
         with pytest.raises(ValueError, match="must be one of"):
             model.active_adapter = wrong

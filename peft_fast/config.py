@@ -1,8 +1,9 @@
 """PeftConfig: what an adapter is, and the file adapter_config.json that says so.
 
 The file is peft 0.21.2's, key by key: peft reads ours and we read peft's. Reading is strict, because a model whose
-option was quietly dropped quietly differs: an unknown key is an error, unless a newer peft wrote the file, when a
-warning names it. A key that is switched off (None, False, 0, empty) changes nothing and passes.
+option was quietly dropped quietly differs: an unknown key is an error, unless a newer peft wrote the file, or one so
+old that files did not say their version, when a warning names it. A key that is switched off (None, False, 0, empty)
+changes nothing and passes.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 from packaging.version import InvalidVersion, Version
 from transformers.utils import PushToHubMixin
 
-from .files import locate, write_together
+from .files import locate, without_idle_arguments, write_together
 from .peft_types import PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -122,7 +123,9 @@ class PeftConfig(PushToHubMixin):
 
         `hub_arguments` (revision, token, cache_dir, ...) go to hf_hub_download. Raises ValueError where there is no
         config, where it is no valid JSON object, or where it asks for what is not built; TypeError for unknown keys.
+        Arguments of base models (trust_remote_code, device_map, ...) have no effect, with a warning.
         """
+        hub_arguments = without_idle_arguments(hub_arguments)
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_arguments)
         if path is None:
             folder = f", folder {subfolder!r}" if subfolder else ""
@@ -155,10 +158,12 @@ class PeftConfig(PushToHubMixin):
         unknown = options.keys() - config_type.option_names()
         in_use = {key for key in unknown if options[key]}
         if in_use:
-            if not _is_newer(options.get("peft_version")):
+            version = options.get("peft_version")
+            if version is not None and not _is_newer(version):
                 raise TypeError(_unknown_options(config_type, in_use))
+            writer = "a version of peft that it does not name" if version is None else f"peft {version}"
             warnings.warn(
-                f"the config was written by peft {options['peft_version']} with options that {config_type.__name__} "
+                f"the config was written by {writer} with options that {config_type.__name__} "
                 f"does not know; they are left out, and the adapter may behave differently: {sorted(in_use)}",
                 stacklevel=2,
             )

@@ -7,6 +7,7 @@ Methods, layers and options that are not built here yet are refused by name: NOT
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
+from error_rows_layers import LAYERS, NAMES
 from error_rows_life import LIFE
 from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
@@ -29,6 +30,8 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
+    "Layers": LAYERS,
+    "Names": NAMES,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

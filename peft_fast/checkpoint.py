@@ -31,7 +31,7 @@ from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
 
 class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks: left as initialised
+    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks, or has of another size
     unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
 
 
@@ -140,7 +140,7 @@ def plan_load(
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
-    return LoadPlan(values, LoadResult(missing, unexpected))
+    return LoadPlan(values, LoadResult(missing + [name for name in wrong if name in keys.values()], unexpected))
 
 
 def _sizes(tuner: AnyTuner) -> tuple[str, str]:

@@ -70,9 +70,14 @@ class PeftConfig(PushToHubMixin):
     def check(self) -> None:
         """Raise for options that contradict each other or that are not built. The methods' configs have such."""
 
-    def check_weights_of(self, other: "PeftConfig") -> None:
-        """Raise ValueError where weights trained under `other` would mean something else under this config."""
+    def check_weights_of(self, other: "PeftConfig", of_any_size: bool = False) -> None:
+        """Raise ValueError where weights trained under `other` would mean something else under this config.
+
+        `of_any_size`: options that say how large weights are may differ; those that differ in size are not loaded.
+        """
         for name in self.tied_to_weights:
+            if of_any_size and name in ("r", "rank_pattern"):
+                continue
             ours, theirs = getattr(self, name), getattr(other, name, None)
             if ours != theirs:
                 raise ValueError(

@@ -199,10 +199,11 @@ class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Mod
     ) -> None:
         """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
 
-        Writes adapter_model.safetensors (.bin without `safe_serialization`), adapter_config.json and README.md, all of
-        them or none: files that were there survive a failure and a kill. `state_dict`: tensors gathered from shards.
-        Processes other than the main one write nothing. `max_shard_size` (push_to_hub passes it) and `save_function`
-        (examples with accelerate do) have no effect: adapters are one file, written in the way that cannot be torn.
+        Writes adapter_model.safetensors (.bin without `safe_serialization`) and adapter_config.json, and README.md for
+        the directory, all of an adapter's or none: files that were there survive a failure and a kill. `state_dict`:
+        tensors gathered from shards. Processes other than the main one write nothing. `max_shard_size` (push_to_hub
+        passes it) and `save_function` (examples with accelerate do) have no effect: adapters are one file, written in
+        the way that cannot be torn.
         `path_initial_model_for_weight_conversion`: the folder that the adapter was saved to before training, for one
         that changed the base weights at its start (PiSSA, OLoRA, ...). What is written is then the difference to that,
         a plain adapter of twice the rank for the base weights as they were. Raises ValueError where there is none such.
@@ -235,7 +236,9 @@ class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Mod
             ready[name] = for_vllm(self._tuner, name, tensors) if vllm_compatible else (config, tensors)
         for name, (config, tensors) in ready.items() if is_main_process else ():
             folder = directory if name == "default" else directory / name
-            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization)
+            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization, name == "default")
+        if "default" not in ready and is_main_process and self.peft_config:
+            self.create_or_update_model_card(directory)
 
     def _warn_of_requantised(self) -> None:
         if any(layer.is_kbit for _, layer in self.base_model.layers()):
@@ -295,7 +298,7 @@ class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Mod
             wrapper = cls._class_for(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
-            warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
+            warnings.warn(f"the file lacks weights that fit, left as initialised: {result.missing_keys}", stacklevel=2)
         return wrapper
 
     def load_adapter(
@@ -314,9 +317,11 @@ class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Mod
         """Load a trained adapter: a new one, not active yet, or the weights of one that is there already.
 
         The arguments are from_pretrained's, but that `key_mapping` has no default here, as in peft.
-        `ignore_mismatched_sizes`: leave tensors that do not fit as they are, with a warning.
-        Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
-        place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
+        `ignore_mismatched_sizes`: leave tensors that do not fit as they are, of another rank all of an adapter's
+        factors, with a warning.
+        Raises ValueError for files that are damaged, of another rank (unless `ignore_mismatched_sizes`) or scale, or
+        that hold tensors the model has no place for. Nothing is changed then. Weights that the file lacks, or that do
+        not fit, are in the result's `missing_keys`.
         """
         hub_arguments = without_idle_arguments(hub_arguments)
         new = adapter_name not in self.peft_config
@@ -327,7 +332,7 @@ class PeftModel(Recognised, LearnsPrompts, KnowsAdapters, PushToHubMixin, nn.Mod
         if new:
             check_trainable_file(config, is_trainable)
         else:
-            self.peft_config[adapter_name].check_weights_of(config)
+            self.peft_config[adapter_name].check_weights_of(config, of_any_size=ignore_mismatched_sizes)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
         method_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):

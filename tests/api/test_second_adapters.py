@@ -173,3 +173,40 @@ def test_a_name_that_is_taken_is_refused_and_the_weights_stay(llama, untouched):
     model = peft_fast.inject_adapter_in_model(peft_fast.LoraConfig(**config), llama())
     with untouched(model), pytest.raises(ValueError, match="exists already"):
         peft_fast.inject_adapter_in_model(peft_fast.LoraConfig(**config), model)
+
+
+@pytest.mark.parametrize("selected", [None, ["default"], ["other"], ["other", "default"], []], ids=str)
+def test_which_files_are_where(llama, tmp_path, selected):
+    for library in BOTH:
+        two(library, llama).save_pretrained(tmp_path / library.__name__, selected_adapters=selected)
+    ours, theirs = (
+        sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")) for name in ("peft_fast", "peft")
+    )
+    assert ours == theirs
+    assert "library_name: peft" in (tmp_path / "peft_fast" / "README.md").read_text()
+
+
+def test_a_file_of_another_rank_over_an_adapter(llama, tmp_path, untouched):
+    results = []
+    for library in BOTH:
+        options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+        saved = library.get_peft_model(llama(), library.LoraConfig(r=4, **options))
+        saved.base_model.model.lm_head.modules_to_save["default"].weight.data.fill_(3)
+        saved.save_pretrained(tmp_path)
+        torch.manual_seed(1)
+        model = library.get_peft_model(llama(), library.LoraConfig(r=8, **options))
+        factors = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+        with pytest.raises((RuntimeError, ValueError), match="size mismatch|r=4, and the adapter here has 8"):
+            model.load_adapter(tmp_path, "default")
+        model.base_model.model.lm_head.modules_to_save["default"].weight.data.fill_(0)
+        with pytest.warns(UserWarning, match="size"):
+            result = model.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)
+        assert not result.unexpected_keys
+        assert set(result.missing_keys) == factors.keys()
+        assert (model.base_model.model.lm_head.modules_to_save["default"].weight == 3).all()
+        assert all(torch.equal(p, factors[name]) for name, p in model.named_parameters() if "lora_" in name)
+        results.append(model.peft_config["default"].r)
+    assert results == [8, 8]
+    other = peft_fast.get_peft_model(llama(), peft_fast.LoraConfig(r=8, lora_alpha=3, **options))
+    with untouched(other), pytest.raises(ValueError, match="lora_alpha=8, and the adapter here has 3"):
+        other.load_adapter(tmp_path, "default", ignore_mismatched_sizes=True)

@@ -1,5 +1,7 @@
 """peft_fast: the PeftModel API of Hugging Face PEFT on fused Triton kernels."""
 
+from importlib import import_module as _import_module
+
 from .adapter_file import load_peft_weights
 from .auto import (
     AutoPeftModel,
@@ -148,5 +150,17 @@ __all__ = [
     "shift_tokens_right",
     "use_backend",
 ]
+
+# What code reaches as `peft_fast.tuners.tuners_utils` and so on, without importing it: peft has imported it, too.
+for _path in (
+    "mapping_func",
+    "peft_model",
+    "tuners.lycoris_utils",
+    "tuners.tuners_utils",
+    "utils.merge_utils",
+    "utils.peft_types",
+    "utils.save_and_load",
+):
+    _import_module(f"{__name__}.{_path}")
 
 install_if_asked()

@@ -19,17 +19,23 @@ from packaging.version import InvalidVersion, Version
 from transformers.utils import PushToHubMixin
 
 from .files import locate, without_idle_arguments, write_together
+from .option_help import with_help
 from .peft_types import PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # the version of peft whose files we read and write
 
 
+@with_help
 @dataclass
 class PeftConfig(PushToHubMixin):
     """What every adapter has. The methods' own configs (LoraConfig, ...) add their options.
 
-    `revision` is the base model's. `inference_mode` freezes the adapter; it is true in every saved file.
+    task_type: what the model is for, a TaskType or its name, or None. peft_type: the method, a PeftType.
+    base_model_name_or_path: the base model's folder or name on the Hub. revision: the base model's.
+    inference_mode: freezes the adapter; it is true in every saved file.
+    auto_mapping: {"base_model_class": ..., "parent_library": ...}, where to find the base model's class again without a
+      task. peft_version: of the files, by default the one whose files these are.
     Raises ValueError for a task type that does not exist, TypeError for an option that does not exist.
     """
 
@@ -55,7 +61,6 @@ class PeftConfig(PushToHubMixin):
             names = [task.value for task in TaskType]
             if self.task_type not in names:
                 raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
-            self.task_type = TaskType(self.task_type)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
@@ -179,6 +184,7 @@ PeftConfigMixin = PeftConfig  # of which peft makes two classes, one for the fil
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}  # of a file
 
 
+@with_help
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """What the methods have that learn prompts: virtual tokens before the input, and the base model as it is.

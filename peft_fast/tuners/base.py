@@ -95,6 +95,12 @@ class BaseTuner(Merges):
         """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
         memory is taken for them. Methods with a size in their config say what it may be."""
 
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """The options of a model's config; {"model_type": "custom"} for a model without one."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
     def put_in(
         self,
         adapter_name: str,

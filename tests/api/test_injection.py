@@ -60,7 +60,7 @@ def test_many_names_are_saved_by_their_shortest_unambiguous_ends(llama, layers):
     layers_of = {name for name in paths if name != "lm_head"}
     ends = {name.rpartition(".")[2] for name in layers_of}
     few = {name for name in layers_of if not name.endswith("2.self_attn.q_proj")}
-    for targets in ("all-linear", layers_of, few, sorted(ends)):
+    for targets in ("all-linear", layers_of, few, sorted(few)[:19], sorted(ends)):
         given = targets if isinstance(targets, str) else list(targets)
         theirs = peft.get_peft_model(llama(num_hidden_layers=layers), peft.LoraConfig(target_modules=given))
         ours = adapted(llama(num_hidden_layers=layers), target_modules=given)

@@ -5,6 +5,8 @@ import copy
 import importlib
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -335,3 +337,9 @@ def test_files_on_the_hub(monkeypatch):
         assert other.check_file_exists_on_hf_hub("a/b", "c") is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert other.check_file_exists_on_hf_hub("a/b", "c") is None
+
+
+def test_modules_are_there_without_importing_them():
+    program = "import {0}; {0}.tuners.tuners_utils, {0}.peft_model, {0}.utils.save_and_load, {0}.tuners.lora.layer"
+    for library in BOTH:
+        subprocess.run([sys.executable, "-c", program.format(library.__name__)], check=True)

@@ -98,6 +98,14 @@ class LoraLayer(ScaledLayer):
         modules: Any = self._modules  # a seventh of the time of self.lora_A[...]: 0.2 us against 1.7
         return modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
 
+    def factor_dtype(self, adapter_name: str) -> torch.dtype:
+        """Of A's weights."""
+        return self.factors(adapter_name)[0].weight.dtype
+
+    def is_called(self, adapter_name: str) -> bool:
+        """Whether the adapter's A and B have to be called, for norms too: see called.py."""
+        return False
+
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
         if not self.lora_bias[adapter_name]:
             return None
@@ -279,6 +287,9 @@ class Linear(LoraLayer):
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         return y if dtype is None else y.to(x.dtype)
 
+    def is_called(self, adapter_name: str) -> bool:
+        return why_called(self, [adapter_name]) is not None
+
     def product_weight(self) -> Tensor | QuantizedWeight | None:
         """The base weight [N, K] where multiplying by it may replace calling the base layer, else None."""
         return matmul_weight(self.base_layer)
@@ -316,7 +327,7 @@ class Linear(LoraLayer):
         weight, adapters = self.product_weight(), self.adapters_in_effect()
         reason = self.why_idle()
         with_magnitudes = any(name in self.lora_magnitude_vector for name in adapters)
-        if not with_magnitudes and (called := why_called(self, adapters)):
+        if called := why_called(self, adapters):
             return Choice("lora_linear", "added", f"{called}: its modules are called")
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")

@@ -85,7 +85,7 @@ class DoraCaching:
 def factor(layer: Any, name: str) -> Tensor:
     """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m."""
     norms = _norms_by_calling(layer, name) if layer.is_called(name) else _norms(layer, name)
-    return layer.lora_magnitude_vector[name](norms)
+    return layer.lora_magnitude_vector[name](norms.detach())  # no_grad does not make them constants in forward mode
 
 
 @torch.no_grad()

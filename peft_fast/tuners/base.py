@@ -219,7 +219,7 @@ class BaseTuner(Merges):
 
     def _cast_to_float32(self, adapter_name: str) -> None:
         for parameter in (p for _, layer in self.layers() for p in layer.adapter_parameters(adapter_name)):
-            if parameter.dtype in HALF_DTYPES:
+            if parameter.dtype in HALF_DTYPES or parameter.dtype.itemsize == 1:  # of 8 bits: of layerwise casting
                 parameter.data = parameter.data.float()
 
     def _freeze_base(self, config: Any) -> None:

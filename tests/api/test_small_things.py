@@ -133,3 +133,21 @@ def test_more_of_buffers():
         assert list(buffers) == ["b"]
         buffers.clear()
         assert len(buffers) == 0
+
+
+def test_adapters_of_layers_in_eight_bits_are_wide(llama):
+    """As with layerwise casting, whose hooks cast the base weights for each forward."""
+    for library in BOTH:
+        base = nn.Sequential(nn.Linear(4, 4)).to(torch.float8_e4m3fn)
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["0"]))
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+        assert base[0].base_layer.weight.dtype == torch.float8_e4m3fn
+
+
+def test_a_loading_that_lacks_nothing_says_so(llama, tmp_path):
+    texts = []
+    for library in BOTH:
+        model, _ = layer_of(library, llama)
+        model.save_pretrained(tmp_path)
+        texts.append(repr(model.load_adapter(tmp_path, "other")))
+    assert texts[0] == texts[1] == "<All keys matched successfully>"

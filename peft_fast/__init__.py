@@ -1,5 +1,7 @@
 """peft_fast: the PeftModel API of Hugging Face PEFT on fused Triton kernels."""
 
+from importlib import import_module as _import_module
+
 from .adapter_file import load_peft_weights
 from .auto import (
     AutoPeftModel,
@@ -18,8 +20,9 @@ from .checkpoint import (
 )
 from .config import PeftConfig, PromptLearningConfig, get_peft_config
 from .dispatch import use_backend
-from .errors import NoMatchingPeftModuleError
+from .errors import NoMatchingPeftModuleError, PeftError
 from .explain import explain
+from .helpers import find_kappa_target_modules
 from .inject import inject_adapter_in_model
 from .integrations.accelerate import accelerate, restore
 from .integrations.stand_in import install_as_peft, install_if_asked
@@ -27,6 +30,7 @@ from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
@@ -63,12 +67,20 @@ from .tuners import (
     PromptTuningInit,
 )
 from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
-from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
+from .utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    bloom_model_postprocess_past_key_value,
+    replace_lora_weights_loftq,
+    shift_tokens_right,
+)
+from .utils.warning import PeftWarning
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "AdapterStore",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -90,6 +102,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -99,6 +112,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",
@@ -116,6 +130,7 @@ __all__ = [
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "explain",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -137,5 +152,17 @@ __all__ = [
     "shift_tokens_right",
     "use_backend",
 ]
+
+# What code reaches as `peft_fast.tuners.tuners_utils` and so on, without importing it: peft has imported it, too.
+for _path in (
+    "mapping_func",
+    "peft_model",
+    "tuners.lycoris_utils",
+    "tuners.tuners_utils",
+    "utils.merge_utils",
+    "utils.peft_types",
+    "utils.save_and_load",
+):
+    _import_module(f"{__name__}.{_path}")
 
 install_if_asked()

@@ -23,16 +23,25 @@ from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
+from .tuners.names import without_compiling
 from .tuners.offload import offloading_hook, onloaded
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tied import EMBEDDING_LAYER_NAMES
 from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
+COMPILED = "_orig_mod."  # what names in a module begin with that torch.compile made
+
 
 class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks: left as initialised
+    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks, or has of another size
     unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
+
+    def __repr__(self) -> str:
+        """As torch's, which code written for peft prints."""
+        if not any(self):
+            return "<All keys matched successfully>"
+        return f"LoadResult(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
 class LoadPlan(NamedTuple):
@@ -53,12 +62,17 @@ def get_peft_model_state_dict(
 
     `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
     the "base_model.model." that a PeftModel's begin with.
+    `unwrap_compiled`: of a model that torch.compile made, keys without the "_orig_mod." that its names begin with.
     `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    if without_compiling(model) is not model:
+        given = state_dict and {key.removeprefix(COMPILED): value for key, value in state_dict.items()}
+        found = get_peft_model_state_dict(
+            without_compiling(model), given, adapter_name, save_embedding_layers=save_embedding_layers
+        )
+        return found if unwrap_compiled else {COMPILED + key: value for key, value in found.items()}
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
     keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
@@ -92,6 +106,7 @@ def set_peft_model_state_dict(
     Weights on the meta device are replaced (`low_cpu_mem_usage` says that there are such), others written to.
     Raises ValueError, before anything is written, where the tensors are another model's or another rank's.
     """
+    model = without_compiling(model)
     plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     apply_load(model, plan, adapter_name)
     return plan.result
@@ -140,7 +155,7 @@ def plan_load(
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
-    return LoadPlan(values, LoadResult(missing, unexpected))
+    return LoadPlan(values, LoadResult(missing + [name for name in wrong if name in keys.values()], unexpected))
 
 
 def _sizes(tuner: AnyTuner) -> tuple[str, str]:

@@ -13,7 +13,9 @@ from .config import CONFIG_NAME, PeftConfig
 from .files import write_together
 
 
-def write_adapter(directory: Path, base: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], safe: bool) -> None:
+def write_adapter(
+    directory: Path, base: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], safe: bool, with_card: bool = True
+) -> None:
     """Write `tensors` as `directory`'s adapter. `safe`: as safetensors. What was there is replaced only as a whole.
 
     Raises ValueError, before anything is written, for tensors that are shards of weights and not the weights.
@@ -24,7 +26,7 @@ def write_adapter(directory: Path, base: nn.Module, config: PeftConfig, tensors:
     name = config.base_model_name_or_path or base_model_name(base)
     changes = {"inference_mode": True, "base_model_name_or_path": name, **_auto_mapping(config, base)}
     text = config.to_json(**changes)
-    card = card_text(directory, base, config)
+    card = card_text(directory, base, config) if with_card else None
 
     def write_tensors(path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"}) if safe else torch.save(tensors, path)

@@ -7,7 +7,8 @@ from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
 from .layer import AdapterHolder, BaseTunerLayer
 from .loha import LoHaConfig, LoHaModel
-from .lora import LoraConfig, LoraModel
+from .lora import LoftQConfig, LoraConfig, LoraGAConfig, LoraModel, LoraRuntimeConfig, preprocess_loraga
+from .mixed import MixedModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -80,8 +81,12 @@ __all__ = [
     "CPTEmbedding",
     "LoHaConfig",
     "LoHaModel",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
+    "MixedModel",
     "ModulesToSaveWrapper",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
@@ -97,6 +102,7 @@ __all__ = [
     "PromptTuningInit",
     "config_class",
     "method_class",
+    "preprocess_loraga",
     "prompt_encoder_class",
     "tuner_class",
 ]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
@@ -26,15 +25,14 @@ from .auxiliary import Auxiliary, bias_keys, check_biases
 from .base_weight import HALF_DTYPES
 from .layer import AdapterHolder, BaseTunerLayer, holders_in
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
-from .merge_16bit import merge_to_16bit
+from .merging import Merges
 from .modules_to_save import ModulesToSaveWrapper
-from .names import check_adapter_name, list_of_names
+from .names import check_adapter_name
 from .slow_patterns import check_patterns_end
-from .tied import note_untied, plan_ties, warn_of_adapting, warn_of_merging
-from .trainable_tokens.wrapper import TrainableTokensWrapper
+from .tied import plan_ties, warn_of_adapting
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(Merges):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
@@ -52,7 +50,7 @@ class BaseTuner(nn.Module):
     ) -> None:
         self._start(model, {}, [adapter_name])
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     @classmethod
     def around(cls, model: nn.Module, peft_config: dict[str, PeftConfig]) -> "BaseTuner":
@@ -75,6 +73,11 @@ class BaseTuner(nn.Module):
     def active_adapter(self) -> list[str]:
         return self.active_adapters
 
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        """Which adapters a call without names means, and new layers start with; the layers that are there stay."""
+        self.active_adapters = [names] if isinstance(names, str) else list(names)
+
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
         raise NotImplementedError  # the layer with the new adapter in it: one around `target`, or itself if it is ours
 
@@ -92,7 +95,13 @@ class BaseTuner(nn.Module):
         """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
         memory is taken for them. Methods with a size in their config say what it may be."""
 
-    def inject_adapter(
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """The options of a model's config; {"model_type": "custom"} for a model without one."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -142,6 +151,29 @@ class BaseTuner(nn.Module):
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """peft's way to `put_in`: the config is in `self.peft_config` already, under the adapter's name.
+
+        `model`: the one that this tuner is for. Raises KeyError without such a config, ValueError as `put_in` does.
+        """
+        if model is not self.model and self not in model.modules():
+            raise ValueError(
+                f"inject_adapter changes the model of this {type(self).__name__}, got another {type(model).__name__}"
+            )
+        config = self.peft_config[adapter_name]
+        if any(adapter_name in holder.available_adapters() for _, holder in self.holders()):
+            raise ValueError(f"adapter {adapter_name!r} is in the model already: delete it first")
+        with unchanged_on_error(self, config):
+            del self.peft_config[adapter_name]
+            self.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
     def _start_adapter(self, name: str, config: Any, active: list[str], before: set[Any], kept: list[Any]) -> None:
         """Say what is active and trainable. `before`: the holders of before; `kept`: what was trained then, or not."""
         first = not self.peft_config
@@ -187,7 +219,7 @@ class BaseTuner(nn.Module):
 
     def _cast_to_float32(self, adapter_name: str) -> None:
         for parameter in (p for _, layer in self.layers() for p in layer.adapter_parameters(adapter_name)):
-            if parameter.dtype in HALF_DTYPES:
+            if parameter.dtype in HALF_DTYPES or parameter.dtype.itemsize == 1:  # of 8 bits: of layerwise casting
                 parameter.data = parameter.data.float()
 
     def _freeze_base(self, config: Any) -> None:
@@ -258,98 +290,6 @@ class BaseTuner(nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"adapter {unknown[0]!r} does not exist: there are {sorted(self.peft_config)}")
-
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
-    ) -> None:
-        """Merge adapters (the active ones unless named) into the base weights, keeping them for `unmerge_adapter`.
-
-        With `safe_merge` every layer is tried before any is changed: a ValueError leaves all weights as they were.
-        k-bit layers, which cannot hold inf and NaN, are tried always.
-        """
-        self._merge(adapter_names, safe_merge, progressbar, undoable=True)
-
-    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
-        self._check_known(list_of_names("adapter_names", adapter_names or []))
-        warn_of_merging(self.model)
-        plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
-        for path, layer, names in plans:
-            if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
-                raise ValueError(f"{path}: {problem}")
-        for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
-            layer.add_to_base(names, undoable)
-
-    def unmerge_adapter(self) -> None:
-        """Take what is merged out of the base weights again. Warns where nothing is."""
-        if not any(layer.merged for _, layer in self.layers()):
-            warnings.warn("no adapter is merged: there is nothing to unmerge", stacklevel=2)
-        self._unmerge()
-
-    def _unmerge(self) -> None:
-        for _, layer in self.layers():
-            if layer.merged:
-                layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """The base model with the adapters (the active ones unless named) merged in, and none of our layers left.
-
-        Of a module in modules_to_save the copy of these adapters stays. Raises ValueError where two of them have one.
-        """
-        names = self._names_to_merge(adapter_names)
-        self._merge(adapter_names, safe_merge, progressbar, undoable=False)
-        model = self._unload(names)
-        note_untied(model)
-        return model
-
-    def merge_to_16bit(
-        self, dtype: torch.dtype = torch.bfloat16, adapter_names: Sequence[str] | None = None, progressbar: bool = True
-    ) -> nn.Module:
-        """The base model as a plain one of `dtype`, bf16 or fp16, with the adapters (the active ones unless named)
-        merged in; for k-bit models: nothing is quantised again.
-
-        Every weight is the fp32 sum of the exact base weight and the adapters, rounded once. k-bit layers become
-        nn.Linear, or transformers' Conv1D where they came from one; norms and embeddings are cast. `save_pretrained`
-        writes the result without a quantization_config, and `from_pretrained` loads it. Takes 2 bytes a weight beside
-        the k-bit model, which is kept until the end: a ValueError (a dtype or a model that this is not for, a broken
-        adapter) or running out of memory leaves everything as it was.
-        """
-        merge_to_16bit(self.model, self._names_to_merge(adapter_names), dtype, progressbar)
-        self._allow_repacking()
-        return self.model
-
-    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """These adapters (None: the active ones) and those merged already; ValueError where they exclude each other."""
-        wanted = self.active_adapters if adapter_names is None else list_of_names("adapter_names", adapter_names)
-        self._check_known(wanted)
-        names = list(dict.fromkeys([*wanted, *(n for _, layer in self.layers() for n in layer.merged_adapters)]))
-        for _, holder in self.holders():
-            holder.check_set_adapter(names)
-        return names
-
-    def unload(self) -> nn.Module:
-        """The base model as it was before, without any of our layers; merged adapters are unmerged first, with a
-        warning."""
-        if any(layer.merged for _, layer in self.layers()):
-            warnings.warn(
-                "unload() gives the base model as it was: merged adapters are unmerged. merge_and_unload() keeps them",
-                stacklevel=2,
-            )
-        self._unmerge()
-        return self._unload([])
-
-    def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
-        # From the inside out: the path of what lies in a layer is gone with the layer.
-        for path, holder in reversed(list(self.model.named_modules(remove_duplicate=False))):
-            if isinstance(holder, BaseTunerLayer):
-                self._replace(path, holder.base_layer)
-            elif isinstance(holder, ModulesToSaveWrapper):
-                self._replace(path, holder.module_of(with_copies_of))
-            elif isinstance(holder, TrainableTokensWrapper):
-                self._replace(path, holder.token_adapter)  # which is the layer itself by now
-        self._allow_repacking()
-        return self.model
 
     def _keep_unpacked(self) -> None:
         """Keep bitsandbytes' 4-bit layers, adapted or not, from repacking their weights in eval mode on a CPU: after

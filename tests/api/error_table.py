@@ -8,6 +8,7 @@ from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
+from error_rows_layers import LAYERS, NAMES
 from error_rows_life import LIFE
 from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
@@ -30,6 +31,8 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
+    "Layers": LAYERS,
+    "Names": NAMES,
     "Their life": LIFE,
     "Batches of several adapters": BATCHES,
     "Saving": SAVING,

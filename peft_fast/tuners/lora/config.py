@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from peft_fast.config import PeftConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 
 from . import initialisation
@@ -37,6 +38,7 @@ NOT_BUILT = (
 INITS_NOT_BUILT = ("eva", "mica")
 
 
+@with_help
 @dataclass
 class LoraRuntimeConfig:
     """Options of a run, never saved.
@@ -48,11 +50,12 @@ class LoraRuntimeConfig:
     ephemeral_gpu_offload: bool = False
 
 
+@with_help
 @dataclass
 class LoraConfig(PeftConfig):
     """Low-rank adaptation, y = W x + scale * B A dropout(x) (arXiv 2106.09685).
 
-    r: the rank. lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
+    r: the rank. lora_alpha: scale = lora_alpha / r. use_rslora: lora_alpha / sqrt(r) (arXiv 2312.03732).
     target_modules: names of modules (the whole path or its end), or one regular expression for the whole path, or
       "all-linear" (all but the output layer), or None (by the model's architecture). exclude_modules: likewise, taken
       away.
@@ -81,6 +84,7 @@ class LoraConfig(PeftConfig):
       ids}. An output layer with the embedding's weight follows.
     ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
       are trained as one too.
+    runtime_config: a LoraRuntimeConfig.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.

@@ -22,6 +22,7 @@ from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
+from .bnb import linear_class
 from .combination import Combination, add_weighted_adapter
 from .config import LoraConfig, set_fan_in_fan_out
 from .conv import Conv1d, Conv2d, Conv3d
@@ -67,7 +68,7 @@ class LoraModel(BaseTuner):
         if custom is not None:
             return _of_custom_class(custom, target, path, adapter_name, config=config, r=r, lora_alpha=alpha)
         cls = _layer_class(target, path)
-        if cls is Linear:
+        if issubclass(cls, Linear):
             set_fan_in_fan_out(config, is_conv1d(target))
             parent, _, name = path.rpartition(".")
             in_encoder = isinstance(self.model.get_submodule(parent), nn.TransformerEncoderLayer)
@@ -164,7 +165,7 @@ class LoraModel(BaseTuner):
                 f"dimension above {largest}. Are adapter_config.json and the weights of one adapter?"
             )
 
-    def inject_adapter(
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -174,7 +175,7 @@ class LoraModel(BaseTuner):
     ) -> None:
         given, config = config, converted(self.model, config)
         with self._replicated(config):
-            super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            super().put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
@@ -328,7 +329,7 @@ def _layer_class(target: nn.Module, path: str) -> Any:
         target = target.get_base_layer()
     if not isinstance(target, BaseTunerLayer):
         if is_dense_linear(target) or quantized_weight(target) is not None:
-            return Linear
+            return linear_class(target)
         for kind, cls in OTHER_LAYERS.items():
             if isinstance(target, kind):
                 return cls

@@ -58,11 +58,19 @@ class PromptTuner:
     def peft_config(self) -> dict[str, Any]:
         return self.owner._prompt_configs
 
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        self.owner._prompt_configs = value
+
     @property
     def active_adapters(self) -> list[str]:
         return self.owner._active_prompts
 
-    def inject_adapter(
+    def activate(self, names: list[str]) -> None:
+        """Take these prompts from now on, without a change of what is trainable."""
+        self.owner._active_prompts = names
+
+    def put_in(
         self, adapter_name: str, config: Any, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False
     ) -> None:
         """Add a prompt; it is active and trainable if it is the first, and else neither.

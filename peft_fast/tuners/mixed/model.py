@@ -13,18 +13,18 @@ from torch import nn
 from peft_fast.config import PeftConfig
 from peft_fast.peft_types import PeftType
 from peft_fast.transaction import unchanged_on_error
-
-from .base import BaseTuner
-from .base_weight import quantized_weight
-from .layer import BaseTunerLayer
-from .loha import LoHaModel
-from .lora import LoraModel
-from .lora.groups import ungroup_siblings
-from .lora.layer import LoraLayer
-from .lora.mlp import restore_mlps
-from .targets import LORA_TARGETS
+from peft_fast.tuners.base import BaseTuner
+from peft_fast.tuners.base_weight import quantized_weight
+from peft_fast.tuners.layer import BaseTunerLayer
+from peft_fast.tuners.loha import LoHaModel
+from peft_fast.tuners.lora import LoraModel
+from peft_fast.tuners.lora.groups import ungroup_siblings
+from peft_fast.tuners.lora.layer import LoraLayer
+from peft_fast.tuners.lora.mlp import restore_mlps
+from peft_fast.tuners.targets import LORA_TARGETS
 
 COMPATIBLE: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.LOHA: LoHaModel}
+COMPATIBLE_TUNER_TYPES = tuple(COMPATIBLE)
 
 
 class MixedModel(BaseTuner):
@@ -33,7 +33,7 @@ class MixedModel(BaseTuner):
     prefix = ""
     target_module_mapping = LORA_TARGETS
 
-    def inject_adapter(
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -50,7 +50,7 @@ class MixedModel(BaseTuner):
         with unchanged_on_error(self, config):
             tuner = COMPATIBLE[PeftType(config.peft_type)].around(self.model, self.peft_config)
             tuner.active_adapters = list(self.active_adapters)
-            tuner.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            tuner.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._check_magnitudes()
             self.active_adapters = tuner.active_adapters
             self.targeted_module_names += [

@@ -251,8 +251,8 @@ class _LoraLinearMulti(torch.autograd.Function):
                 A, B, weight = given[:count], given[count : 2 * count], given[2 * count :]
                 return plain.linear_multi(x, A, B, None, segments, scales, drop, s.dtype, fmt, weight)
 
-            dx, *grads = plain.gradients(call, [x, *tensors], [of[0], *of[6:]], [dy])
-            return dx, dbias, *(None,) * 4, *grads
+            first, *others = plain.gradients(call, [x, *tensors], [of[0], *of[6:]], [dy])
+            return first, dbias, *(None,) * 4, *others
         dx: Tensor | None = None
         grads: list[Tensor | None] = [None] * (2 * count)
         if any(needs):

@@ -66,6 +66,7 @@ def test_reference_in_bf16(factors):
     check_against_fp64(case, "torch")
 
 
+@pytest.mark.slow
 def test_4096_adapters():
     check_to_1e_5(
         make_case(scattered(dict.fromkeys(range(4096), 1)), [(1, 2, 3)[t % 3] for t in range(4096)], 8, 4), "torch"

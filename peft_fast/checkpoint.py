@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
 from .inject import AnyTuner, tuner_of
+from .load_result import LoadResult
 from .renamed import renamed_keys
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -31,17 +32,6 @@ from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
 COMPILED = "_orig_mod."  # what names in a module begin with that torch.compile made
-
-
-class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks, or has of another size
-    unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
-
-    def __repr__(self) -> str:
-        """As torch's, which code written for peft prints."""
-        if not any(self):
-            return "<All keys matched successfully>"
-        return f"LoadResult(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
 class LoadPlan(NamedTuple):

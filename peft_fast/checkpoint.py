@@ -57,11 +57,10 @@ def get_peft_model_state_dict(
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
-    if without_compiling(model) is not model:
+    inner = without_compiling(model)
+    if inner is not model:
         given = state_dict and {key.removeprefix(COMPILED): value for key, value in state_dict.items()}
-        found = get_peft_model_state_dict(
-            without_compiling(model), given, adapter_name, save_embedding_layers=save_embedding_layers
-        )
+        found = get_peft_model_state_dict(inner, given, adapter_name, save_embedding_layers=save_embedding_layers)
         return found if unwrap_compiled else {COMPILED + key: value for key, value in found.items()}
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
 from .inject import AnyTuner, tuner_of
+from .load_result import LoadResult
 from .renamed import renamed_keys
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -31,17 +32,6 @@ from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
 COMPILED = "_orig_mod."  # what names in a module begin with that torch.compile made
-
-
-class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks, or has of another size
-    unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
-
-    def __repr__(self) -> str:
-        """As torch's, which code written for peft prints."""
-        if not any(self):
-            return "<All keys matched successfully>"
-        return f"LoadResult(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
 
 
 class LoadPlan(NamedTuple):
@@ -67,11 +57,10 @@ def get_peft_model_state_dict(
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
-    if without_compiling(model) is not model:
+    inner = without_compiling(model)
+    if inner is not model:
         given = state_dict and {key.removeprefix(COMPILED): value for key, value in state_dict.items()}
-        found = get_peft_model_state_dict(
-            without_compiling(model), given, adapter_name, save_embedding_layers=save_embedding_layers
-        )
+        found = get_peft_model_state_dict(inner, given, adapter_name, save_embedding_layers=save_embedding_layers)
         return found if unwrap_compiled else {COMPILED + key: value for key, value in found.items()}
     tuner, prefix = tuner_of(model)
     keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}

@@ -19,13 +19,14 @@ from transformers.utils import PushToHubMixin
 
 from .adapter_file import load_peft_weights
 from .arguments import check_trainable_file, note_offload
-from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
+from .checkpoint import apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .integrations.recognised import Recognised
 from .integrations.vllm import check_and_leave_out_embeddings, for_vllm
 from .kbit import make_inputs_require_grad
 from .knows_adapters import KnowsAdapters
+from .load_result import LoadResult
 from .mixed_batches import MixedBatches
 from .peft_types import PeftType
 from .prompts import LearnsPrompts

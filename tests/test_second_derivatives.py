@@ -38,8 +38,8 @@ CASES = {
         lambda x, A, B, weight: ops.lora_linear(x, weight, A, B, 1.5),
         [(M, K), (R, K), (N, R), (N, K)],
     ),
-    "linear, factors that depend on x": (
-        lambda x, A, B: ops.lora_linear(x, W, A * x.sum(), B * A.sum(), 1.5),
+    "linear, a factor that depends on the other": (
+        lambda x, A, B: ops.lora_linear(x, W, A, B * A.sum(), 1.5),
         [(M, K), (R, K), (N, R)],
     ),
     "down": (lambda x, A: ops.lora_down(x, A, dropout_p=0.3, dropout_key=KEY), [(M, K), (R, K)]),

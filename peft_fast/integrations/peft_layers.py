@@ -60,6 +60,7 @@ class AcceleratedLinear(Accelerated):
     projection = Linear.projection
     plus = Linear.plus
     own_dtype = Linear.own_dtype
+    mixed_batch = None
     _base_and = Linear._base_and
     _dropout = Linear._dropout
 

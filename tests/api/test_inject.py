@@ -168,10 +168,11 @@ def test_what_is_refused(llama, untouched):
             inject(peft_fast, wrapped)
         with pytest.raises(ValueError, match="belong to a PeftModel around it"):
             inject(peft_fast, wrapped.get_base_model())
-        for outer in (nn.Sequential(wrapped), torch.compile(wrapped, backend="eager")):
-            for call in (get_peft_model_state_dict, lambda m: set_state_dict(m, {}), lambda m: inject(peft_fast, m)):
-                with pytest.raises(ValueError, match="is a wrapper around a PeftModel"):
-                    call(outer)
+        outer, compiled = nn.Sequential(wrapped), torch.compile(wrapped, backend="eager")
+        calls = [get_peft_model_state_dict, lambda m: set_state_dict(m, {}), lambda m: inject(peft_fast, m)]
+        for call, model in [*((call, outer) for call in calls), (calls[-1], compiled)]:
+            with pytest.raises(ValueError, match="is a wrapper around a PeftModel"):
+                call(model)
     assert get_peft_model_state_dict(torch.compile(wrapped, backend="eager"), unwrap_compiled=True)
     model = inject(peft_fast, llama())
     with untouched(model):

@@ -25,6 +25,8 @@ from peft_fast.tuners.lora.members import JOINING
 class Accelerated:
     """What all of them have. `original_class` is peft's class of the layer."""
 
+    mixed_batch = None  # peft's own goes by an argument
+
     original_class: Any
     backend: str | None = None
 
@@ -60,7 +62,6 @@ class AcceleratedLinear(Accelerated):
     projection = Linear.projection
     plus = Linear.plus
     own_dtype = Linear.own_dtype
-    mixed_batch = None
     _base_and = Linear._base_and
     _dropout = Linear._dropout
 

@@ -69,6 +69,10 @@ class PeftConfig(PushToHubMixin):
     def check(self) -> None:
         """Raise for options that contradict each other or that are not built. The methods' configs have such."""
 
+    @classmethod
+    def check_saved(cls, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, or warn, where a saved config's weights are of another version's method."""
+
     def check_weights_of(self, other: "PeftConfig") -> None:
         """Raise ValueError where weights trained under `other` would mean something else under this config."""
         for name in self.tied_to_weights:
@@ -152,6 +156,7 @@ class PeftConfig(PushToHubMixin):
         from .tuners import config_class  # the table has the subclasses of this class
 
         config_type = config_class(options["peft_type"]) if options.get("peft_type") else cls
+        config_type.check_saved(options)
         unknown = options.keys() - config_type.option_names()
         in_use = {key for key in unknown if options[key]}
         if in_use:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_fast.tuners.matching import by_pattern
 
 from .conv import Conv2d
-from .layer import Linear
+from .layer import Linear, LoraLayer
 from .param_wrapper import ParamWrapper
 
 PADDED = (Linear, Conv2d)  # the layers whose adapters can be padded, as in peft
@@ -50,7 +50,7 @@ def without_padding(tuner: Any, adapter_name: str, tensors: dict[str, Tensor], p
     config = tuner.peft_config[adapter_name]
     result = dict(tensors)
     for path, layer in tuner.layers():
-        if isinstance(layer, ParamWrapper):  # the ranks of all experts lie in one A
+        if isinstance(layer, ParamWrapper) or not isinstance(layer, LoraLayer):  # the ranks of all experts lie in one A
             continue
         rank = by_pattern(config.rank_pattern, path, config.r)
         for A_name, B_name in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):

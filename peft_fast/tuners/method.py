@@ -109,18 +109,18 @@ class MethodLayer(BaseTunerLayer):
     """Around one base layer. A method's layers say `make_weights`, and `adapted` or a forward of their own.
 
     method        what is said before the class's name
-    modules       those of adapter_layer_names whose entries are modules and not parameters
+    module_names  those of adapter_layer_names whose entries are modules and not parameters
     how           what is said of a forward with adapters, for `explain`
     """
 
     method: ClassVar[str]
-    modules: ClassVar[tuple[str, ...]] = ()
+    module_names: ClassVar[tuple[str, ...]] = ()
     how: ClassVar[str] = "torch computes the adapters, and the base layer is called"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, **options: Any) -> None:
         super().__init__(base_layer)
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict() if name in self.modules else nn.ParameterDict())
+            setattr(self, name, nn.ModuleDict() if name in self.module_names else nn.ParameterDict())
         for name in self.other_param_names:
             setattr(self, name, {})
         self.update_layer(adapter_name, config=config, **options)

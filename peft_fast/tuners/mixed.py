@@ -22,9 +22,16 @@ from .lora import LoraModel
 from .lora.groups import ungroup_siblings
 from .lora.layer import LoraLayer
 from .lora.mlp import restore_mlps
+from .names import list_of_names
+from .oft import OFTModel
+from .oft.layer import OFTLayer
 from .targets import LORA_TARGETS
 
-COMPATIBLE: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.LOHA: LoHaModel}
+COMPATIBLE: dict[PeftType, type[BaseTuner]] = {
+    PeftType.LORA: LoraModel,
+    PeftType.LOHA: LoHaModel,
+    PeftType.OFT: OFTModel,
+}
 
 
 class MixedModel(BaseTuner):
@@ -59,14 +66,30 @@ class MixedModel(BaseTuner):
 
     def _check_magnitudes(self) -> None:
         for path, layer in self.layers():
-            chain = [layer]
-            while isinstance(inner := chain[-1].base_layer, BaseTunerLayer):
-                chain.append(inner)
+            chain = [layer, *_inside(layer)]
             if len(chain) > 1 and any(isinstance(one, LoraLayer) and one.lora_magnitude_vector for one in chain):
                 raise ValueError(
                     f"DoRA cannot share {path} with another method: its norms would be those of the base weight "
                     "alone. Leave the layer out of one of the two, or use plain LoRA"
                 )
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
+        """See BaseTuner. Raises ValueError where a rotation would be merged without what it is around, or before it:
+        the rotation turns that too."""
+        wanted = self.active_adapters if adapter_names is None else list_of_names("adapter_names", adapter_names)
+        for path, layer in self.layers():
+            turned = layer.merged or any(name in wanted for name in layer.adapters_in_effect())
+            for inner in _inside(layer) if isinstance(layer, OFTLayer) else ():
+                left = [name for name in inner.adapters_in_effect() if name not in wanted]
+                late = [name for name in wanted if inner.has_adapter(name) and name not in inner.merged_adapters]
+                if (turned and left) or (layer.merged and late):
+                    raise ValueError(
+                        f"{path} rotates what {left or late} put out too, so these have to be merged before it or with "
+                        f"it: merge all active adapters at once, got {wanted}"
+                    )
+        super().merge_adapter(adapter_names, safe_merge, progressbar)
 
     def merge_to_16bit(
         self,
@@ -81,6 +104,14 @@ class MixedModel(BaseTuner):
         restore_mlps(model)
         ungroup_siblings(model)
         return model
+
+
+def _inside(layer: BaseTunerLayer) -> list[BaseTunerLayer]:
+    """The layers of other methods that `layer` is around."""
+    found: list[BaseTunerLayer] = []
+    while isinstance(inner := (found[-1] if found else layer).base_layer, BaseTunerLayer):
+        found.append(inner)
+    return found
 
 
 def check_compatible(config: PeftConfig) -> None:

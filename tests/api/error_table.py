@@ -14,6 +14,7 @@ from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
+from error_rows_types_b import TYPES_B
 from error_tools import Row, Tools
 
 TABLE: dict[str, list[Row]] = {
@@ -29,6 +30,7 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
+    "Rotations and research methods": TYPES_B,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

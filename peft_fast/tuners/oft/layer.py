@@ -70,7 +70,7 @@ class OFTRotationModule(nn.Module):
 
 
 def cayley(Q: Tensor) -> Tensor:
-    """(I - Q)(I + Q)^-1, orthogonal as Q is skew-symmetric: [blocks, b, b]. In fp32 at least: torch solves in no less."""
+    """(I - Q)(I + Q)^-1, orthogonal as Q is skew-symmetric: [blocks, b, b]. In fp32 at least, as torch solves."""
     Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
     eye = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     return torch.linalg.solve(eye + Q, (eye - Q).expand_as(Q), left=False)
@@ -106,7 +106,7 @@ class OFTLayer(Unscaled):
     r: dict[str, int]
     oft_block_size: dict[str, int]
     method = "oft"
-    adapter_layer_names = modules = ("oft_R", "oft_embedding_R")
+    adapter_layer_names = module_names = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size")
     how = "the input is rotated block by block, and the base layer is called with it"
 

@@ -44,6 +44,8 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import (
+    AdaptionPromptConfig,
+    AdaptionPromptModel,
     CPTConfig,
     CPTEmbedding,
     LoHaConfig,
@@ -70,6 +72,8 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -3,6 +3,7 @@
 from peft_fast.config import PeftConfig, PromptLearningConfig
 from peft_fast.peft_types import PeftType
 
+from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
 from .layer import AdapterHolder, BaseTunerLayer
@@ -20,6 +21,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.OFT: (OFTConfig, OFTModel),
+    PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -75,6 +77,8 @@ __all__ = [
     "METHODS",
     "PROMPT_METHODS",
     "AdapterHolder",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",

@@ -168,4 +168,69 @@ OFT = [
     *_rows_of_rotation("OFT"),
 ]
 
-TYPES_B = [*OFT]
+
+def _prompted(library: Any, base: Any, **options: Any) -> Any:
+    return library.get_peft_model(
+        base, library.AdaptionPromptConfig(**{"adapter_len": 2, "adapter_layers": 1, **options})
+    )
+
+
+ADAPTION_PROMPTS = [
+    Row(
+        "adaption prompts for a model of another type",
+        lambda l, t: _prompted(l, _other_model()),
+        ValueError,
+        "Unsupported model type for adaption prompt",
+        ("adaption prompts are for models of the types llama, mistral, gpt2, got 'opt'",),
+    ),
+    Row(
+        "adaption prompts in more layers than there are",
+        lambda l, t: _prompted(l, t.llama(), adapter_layers=9),
+        ValueError,
+        "more adapter layers '9' than the model has '2'",
+        ("adapter_layers is 9, and the model has 2 modules",),
+    ),
+    Row(
+        "an adaption prompt's name twice",
+        lambda l, t: _prompted(l, t.llama()).add_adapter(
+            "default", l.AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
+        ),
+        ValueError,
+        "already exists",
+        ("'default' exists already",),
+    ),
+    Row(
+        "an adaption prompt that is not there",
+        lambda l, t: _prompted(l, t.llama()).set_adapter("zzz"),
+        ValueError,
+        "not found",
+        ("adapter 'zzz' does not exist",),
+    ),
+    Row(
+        "merging an adaption prompt",
+        lambda l, t: _prompted(l, t.llama()).merge_and_unload(),
+        AttributeError,
+        "merge_and_unload",
+        ("cannot be merged", "keep the adapter"),
+        ValueError,
+        why="the method is there, and says why not",
+    ),
+    Row(
+        "the status of adaption prompts",
+        lambda l, t: _prompted(l, t.llama()).get_layer_status(),
+        TypeError,
+        "adaption prompt are not supported",
+        silent=True,
+        why="its layers have a status as others do",
+    ),
+]
+
+
+def _other_model() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "ffn_dim": 8, "num_hidden_layers": 1}
+    return OPTForCausalLM(OPTConfig(vocab_size=20, **sizes))
+
+
+TYPES_B = [*OFT, *ADAPTION_PROMPTS]

@@ -17,7 +17,7 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-METHODS = ["OFTConfig", "OFTModel"]
+METHODS = ["AdaptionPromptConfig", "AdaptionPromptModel", "OFTConfig", "OFTModel"]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -65,6 +65,8 @@ NAMES = {
     ".tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
     ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
     ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
+    ".tuners.adaption_prompt": ["AdaptionPromptConfig", "AdaptionPromptModel"],
+    ".tuners.adaption_prompt.layer": ["AdaptedAttention", "AdaptedAttentionGPT"],
     ".tuners.oft": ["Conv2d", "Linear", "OFTConfig", "OFTLayer", "OFTModel"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],

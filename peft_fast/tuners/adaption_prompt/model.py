@@ -43,7 +43,7 @@ class AdaptionPromptModel(BaseTuner):
 
     def _attention(self, config: Any) -> str:
         """What the attention modules are called."""
-        return config.target_modules or ATTENTIONS[self._model_type()]
+        return config.target_modules or str(ATTENTIONS[self._model_type()])
 
     def _resolved_targets(self, config: Any) -> set[str] | str:
         """The last adapter_layers of the modules with that name."""

@@ -46,6 +46,8 @@ from .tasks import (
 from .tuners import (
     CPTConfig,
     CPTEmbedding,
+    IA3Config,
+    IA3Model,
     LoHaConfig,
     LoHaModel,
     LoraConfig,
@@ -77,6 +79,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "IA3Config",
+    "IA3Model",
     "LoHaConfig",
     "LoHaModel",
     "LoftQConfig",

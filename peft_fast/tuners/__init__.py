@@ -5,6 +5,7 @@ from peft_fast.peft_types import PeftType
 
 from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
+from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
 from .loha import LoHaConfig, LoHaModel
 from .lora import LoraConfig, LoraModel
@@ -18,6 +19,7 @@ from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
+    PeftType.IA3: (IA3Config, IA3Model),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -78,6 +80,8 @@ __all__ = [
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "IA3Config",
+    "IA3Model",
     "LoHaConfig",
     "LoHaModel",
     "LoraConfig",

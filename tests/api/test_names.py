@@ -17,6 +17,7 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
+TUNERS = ["IA3Config", "IA3Model"]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -25,7 +26,7 @@ NAMES = {
         "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig", "preprocess_loraga", "replace_lora_weights_loftq",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right", "LoHaConfig", "LoHaModel", "PeftMixedModel", "PromptLearningConfig", *PROMPTS,
+        "shift_tokens_right", "LoHaConfig", "LoHaModel", "PeftMixedModel", *TUNERS, "PromptLearningConfig", *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
     ".config": ["PeftConfig", "PromptLearningConfig"],
@@ -64,6 +65,7 @@ NAMES = {
     ".tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
     ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
     ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
+    ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
     ".tuners.trainable_tokens": ["TrainableTokensLayer"],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapter_file import PREFIX, is_plain
 from .inject import AnyTuner, tuner_of
 from .renamed import renamed_keys
+from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
@@ -60,7 +61,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
     prompt = tuner.prompt_tensors(adapter_name) if isinstance(tuner, PromptTuner) else {}
     tensors = _tensors(model) if state_dict is None else state_dict
@@ -68,7 +69,15 @@ def get_peft_model_state_dict(
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
     found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+    if isinstance(tuner, BaseTuner):
+        found = tuner.to_file(adapter_name, found, prefix)
     return {**without_padding(tuner, adapter_name, found, prefix), **prompt}
+
+
+def _keys(tuner: AnyTuner, prefix: str, adapter_name: str) -> dict[str, str]:
+    """{key in the adapter's file: name in the model}."""
+    shared = tuner.shared_keys(adapter_name, prefix) if isinstance(tuner, BaseTuner) else {}
+    return {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()} | shared
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ def keys_in_model(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's values by their names in the model, and those that have no place there under the keys that they have."""
     tuner, prefix = tuner_of(model)
-    known = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    known = _keys(tuner, prefix, adapter_name)
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     return found, {key: state_dict[key] for key in unexpected}
 
@@ -111,7 +120,7 @@ def plan_load(
     model: Any, state_dict: Mapping[str, Any], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
@@ -137,6 +146,8 @@ def plan_load(
     if wrong:
         warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
     values = {name: _as_dtype(name, value, own[name].dtype) for name, value in found.items() if name not in wrong}
+    if isinstance(tuner, BaseTuner):
+        tuner.check_values(values)
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")

@@ -6,6 +6,7 @@ from peft_fast.peft_types import PeftType
 from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
+from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
 from .loha import LoHaConfig, LoHaModel
 from .lora import LoraConfig, LoraModel
@@ -22,6 +23,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.OFT: (OFTConfig, OFTModel),
     PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
+    PeftType.IA3: (IA3Config, IA3Model),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -84,6 +86,8 @@ __all__ = [
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "IA3Config",
+    "IA3Model",
     "LoHaConfig",
     "LoHaModel",
     "LoraConfig",

@@ -18,6 +18,7 @@ PROMPTS = [
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
 METHODS = ["AdaptionPromptConfig", "AdaptionPromptModel", "OFTConfig", "OFTModel"]
+TUNERS = ["IA3Config", "IA3Model"]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -26,7 +27,8 @@ NAMES = {
         "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig", "preprocess_loraga", "replace_lora_weights_loftq",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right", "LoHaConfig", "LoHaModel", *METHODS, "PeftMixedModel", "PromptLearningConfig", *PROMPTS,
+        "shift_tokens_right", "LoHaConfig", "LoHaModel", *METHODS, "PeftMixedModel", *TUNERS, "PromptLearningConfig",
+        *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
     ".config": ["PeftConfig", "PromptLearningConfig"],
@@ -68,6 +70,7 @@ NAMES = {
     ".tuners.adaption_prompt": ["AdaptionPromptConfig", "AdaptionPromptModel"],
     ".tuners.adaption_prompt.layer": ["AdaptedAttention", "AdaptedAttentionGPT"],
     ".tuners.oft": ["Conv2d", "Linear", "OFTConfig", "OFTLayer", "OFTModel"],
+    ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
     ".tuners.trainable_tokens": ["TrainableTokensLayer"],
@@ -133,6 +136,9 @@ def test_the_tables_of_methods_are_part_of_pefts():
             if theirs is None:  # peft mixes OFT, and has it in its mixed model's own list only
                 assert (name, kind) == ("MIXED_MODEL", peft_fast.PeftType.OFT)
                 assert peft.PeftType.OFT in COMPATIBLE_TUNER_TYPES
+                continue
+            if (name, kind) == ("PREFIX", peft_fast.PeftType.ADAPTION_PROMPT):  # adaption_gate does not begin so
+                assert (made, theirs) == ("adaption_", "adaption_prompt_")
                 continue
             assert made == theirs or made.__name__ == theirs.__name__
         assert "LORA" in {kind.value for kind in mine}

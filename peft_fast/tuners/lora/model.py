@@ -17,12 +17,13 @@ from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
 from peft_fast.tuners.names import list_of_names
+from peft_fast.tuners.options import set_fan_in_fan_out
 from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
 from .combination import Combination, add_weighted_adapter
-from .config import LoraConfig, set_fan_in_fan_out
+from .config import LoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .conversion import difference
 from .embedding import Embedding

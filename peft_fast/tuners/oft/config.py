@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 from packaging.version import InvalidVersion, Version
 
 from peft_fast.peft_types import PeftType
-from peft_fast.tuners.method import MethodConfig
+from peft_fast.tuners.options import TunerConfig
 
 
 @dataclass
-class OFTConfig(MethodConfig):
+class OFTConfig(TunerConfig):
     """Orthogonal finetuning: the input of a layer is rotated, block by block, before the layer multiplies by it (OFT,
     arXiv 2306.07280; of the input and not of the weight, OFTv2, arXiv 2506.19847).
 

@@ -5,15 +5,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peft_fast.tuners.method import MethodTuner
+from peft_fast.tuners.base import BaseTuner
+from peft_fast.tuners.targets import LORA_TARGETS
 
 from .layer import Conv2d, Embedding, Linear
 
 
-class OFTModel(MethodTuner):
+class OFTModel(BaseTuner):
     """`model` with OFT adapters in it."""
 
     prefix = "oft_"
+    target_module_mapping = LORA_TARGETS
     layer_classes: ClassVar = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
 
     def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:

@@ -207,6 +207,9 @@ class PromptTuner:
         """By their keys in the adapter's file."""
         return self.owner.prompt_encoder[adapter_name].tensors_to_save()
 
+    def config_for_file(self, adapter_name: str) -> Any:
+        return self.peft_config[adapter_name]
+
     def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         return state_dict
 

@@ -5,7 +5,9 @@ from peft_fast.peft_types import PeftType
 
 from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
+from .boft import BOFTConfig, BOFTModel
 from .cpt import CPTConfig, CPTEmbedding
+from .hra import HRAConfig, HRAModel
 from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
 from .loha import LoHaConfig, LoHaModel
@@ -22,6 +24,8 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.OFT: (OFTConfig, OFTModel),
+    PeftType.BOFT: (BOFTConfig, BOFTModel),
+    PeftType.HRA: (HRAConfig, HRAModel),
     PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
     PeftType.IA3: (IA3Config, IA3Model),
 }
@@ -81,11 +85,15 @@ __all__ = [
     "AdapterHolder",
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
+    "BOFTConfig",
+    "BOFTModel",
     "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "HRAConfig",
+    "HRAModel",
     "IA3Config",
     "IA3Model",
     "LoHaConfig",

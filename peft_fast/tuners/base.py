@@ -287,7 +287,7 @@ class BaseTuner(Merging):
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:

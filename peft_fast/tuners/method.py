@@ -89,3 +89,23 @@ class Unscaled(MethodLayer):
 
     def _warn(self) -> None:
         warnings.warn(f"{self.method} rotates, and a rotation has no scale: it stays 1", stacklevel=3)
+
+
+def refuse_groups(base: Any, method: str) -> None:
+    """Raise ValueError for a convolution with groups."""
+    if base.groups != 1:
+        raise ValueError(
+            f"{method} cannot adapt a convolution with groups={base.groups}: it turns the inputs of all groups "
+            "together. Name other target_modules, or use exclude_modules"
+        )
+
+
+def refuse_layers_with_expression(config: Any) -> None:
+    """Raise ValueError where target_modules is an expression and layers are numbered besides: in the methods in which
+    peft has them exclude each other."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} needs target_modules as a list, got the string {config.target_modules!r}: put the layer "
+                "indices into the regular expression, or give the names as a list"
+            )

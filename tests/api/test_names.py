@@ -17,7 +17,16 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-METHODS = ["AdaptionPromptConfig", "AdaptionPromptModel", "OFTConfig", "OFTModel"]
+METHODS = [
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
+    "HRAConfig",
+    "HRAModel",
+    "BOFTConfig",
+    "BOFTModel",
+    "OFTConfig",
+    "OFTModel",
+]
 TUNERS = ["IA3Config", "IA3Model"]
 NAMES = {
     "": [
@@ -69,6 +78,8 @@ NAMES = {
     ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
     ".tuners.adaption_prompt": ["AdaptionPromptConfig", "AdaptionPromptModel"],
     ".tuners.adaption_prompt.layer": ["AdaptedAttention", "AdaptedAttentionGPT"],
+    ".tuners.hra": ["HRAConfig", "HRAConv2d", "HRALayer", "HRALinear", "HRAModel"],
+    ".tuners.boft": ["BOFTConfig", "BOFTLayer", "BOFTModel"],
     ".tuners.oft": ["Conv2d", "Linear", "OFTConfig", "OFTLayer", "OFTModel"],
     ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],

@@ -79,6 +79,43 @@ METHODS = [
         },
         like_the_base={"init_weights": True},
     ),
+    Method(
+        "HRA",
+        "hra_",
+        ["linear", "whole", "pointwise"],
+        {"r": 4},
+        {
+            "pairs": {},
+            "odd": {"r": 3},
+            "drawn": {"init_weights": False},
+            "orthogonal": {"init_weights": False, "apply_GS": True},
+        },
+        ["conv1d", "sequence", "grouped", "table"],
+        (),
+        {
+            "r": ({"r": 0}, "r must be a positive integer"),
+            "apply_GS": ({"apply_GS": 1}, "apply_GS must be True or False"),
+            "bias": ({"bias": "x"}, "bias must be one of 'none', 'all', 'hra_only'"),
+            "expression": ({"target_modules": "x", "layers_to_transform": 1}, "needs target_modules as a list"),
+        },
+    ),
+    Method(
+        "BOFT",
+        "boft_",
+        ["linear", "whole", "pointwise"],
+        {"boft_block_size": 4, "init_weights": False},
+        {"drawn": {}, "number": {"boft_block_size": 0, "boft_block_num": 2}, "plain": {"init_weights": True}},
+        ["conv1d", "sequence", "grouped", "table"],
+        (4, 8),
+        {
+            "both": ({"boft_block_num": 2}, "one of boft_block_size and boft_block_num"),
+            "neither": ({"boft_block_size": 0}, "one of boft_block_size and boft_block_num"),
+            "factor": ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be a positive integer"),
+            "dropout": ({"boft_dropout": 2}, "boft_dropout must be a probability"),
+            "bias": ({"bias": "x"}, "bias must be one of 'none', 'all', 'boft_only'"),
+        },
+        like_the_base={"init_weights": True},
+    ),
 ]
 IDS = [method.name for method in METHODS]
 EVERY = pytest.mark.parametrize("method", METHODS, ids=IDS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.tuners.method import Unscaled
+from peft_fast.tuners.method import Unscaled, refuse_groups
 
 
 class OFTRotationModule(nn.Module):
@@ -187,11 +187,7 @@ class Conv2d(OFTLayer):
 
     def make_weights(self, adapter_name: str, config: Any) -> None:
         base: Any = self.get_base_layer()
-        if base.groups != 1:
-            raise ValueError(
-                f"OFT cannot adapt a convolution with groups={base.groups}: its rotations mix inputs of all "
-                "groups. Name other target_modules, or use exclude_modules"
-            )
+        refuse_groups(base, "OFT")
         if self.base_layer is not base and not self.is_pointwise:
             raise ValueError(
                 f"OFT cannot adapt a convolution with adapters of another method and a kernel of "

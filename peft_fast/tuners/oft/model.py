@@ -18,7 +18,7 @@ class OFTModel(BaseTuner):
     target_module_mapping = LORA_TARGETS
     layer_classes: ClassVar = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         if any(".oft_r." in key for key in state_dict):
             raise ValueError(
                 "the file is an OFT adapter of a peft before 0.16, whose weights are other ones: train the adapter "

@@ -1,0 +1,18 @@
+"""HRAModel."""
+
+from typing import ClassVar
+
+from torch import nn
+
+from peft_fast.tuners.base import BaseTuner
+from peft_fast.tuners.targets import LORA_TARGETS
+
+from .layer import HRAConv2d, HRALinear
+
+
+class HRAModel(BaseTuner):
+    """`model` with HRA adapters in it."""
+
+    prefix = "hra_"
+    target_module_mapping = LORA_TARGETS
+    layer_classes: ClassVar = {nn.Linear: HRALinear, nn.Conv2d: HRAConv2d}

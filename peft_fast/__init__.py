@@ -62,6 +62,8 @@ from .tuners import (
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
     PromptTuningInit,
+    VeraConfig,
+    VeraModel,
 )
 from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
 from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
@@ -114,6 +116,8 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "VeraConfig",
+    "VeraModel",
     "accelerate",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",

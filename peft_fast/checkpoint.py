@@ -124,7 +124,7 @@ def plan_load(
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    state_dict = tuner.as_today(state_dict, prefix)
+    state_dict = tuner.as_today(state_dict, prefix, adapter_name)
     others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
     known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)

@@ -15,11 +15,13 @@ from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparamet
 from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .vera import VeraConfig, VeraModel
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.IA3: (IA3Config, IA3Model),
+    PeftType.VERA: (VeraConfig, VeraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -99,6 +101,8 @@ __all__ = [
     "PromptTuner",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "VeraConfig",
+    "VeraModel",
     "config_class",
     "method_class",
     "prompt_encoder_class",

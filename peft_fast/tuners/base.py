@@ -93,6 +93,9 @@ class BaseTuner(Merging):
             set_fan_in_fan_out(config, is_conv1d(base))
         return cls(target, adapter_name, config=config, **options)
 
+    def before_layers(self, adapter_name: str, config: Any, paths: list[str]) -> None:
+        """Called before the layers at `paths` are adapted: for what they share."""
+
     def layer_options(self, path: str, config: Any) -> dict[str, Any]:
         return {}
 
@@ -140,6 +143,7 @@ class BaseTuner(Merging):
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
             self._tied_targets = ties.targets
+            self.before_layers(adapter_name, config, paths)
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in self.steps(paths, config):
                 target = self.model.get_submodule(path)
@@ -287,7 +291,7 @@ class BaseTuner(Merging):
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ class LoraModel(BaseTuner):
             raise ValueError(f"{path} is in target_modules, and its {name} in target_parameters: leave out one of them")
         return ParamWrapper(module, adapter_name, parameter_name=name, config=config, r=r, lora_alpha=alpha)
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         """With the adapters of single experts joined, where transformers has joined the experts."""
         if not any(isinstance(layer, ParamWrapper) for _, layer in self.layers()):
             return state_dict

@@ -210,7 +210,7 @@ class PromptTuner:
     def config_for_file(self, adapter_name: str) -> Any:
         return self.peft_config[adapter_name]
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:

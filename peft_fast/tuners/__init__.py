@@ -7,6 +7,7 @@ from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
 from .boft import BOFTConfig, BOFTModel
 from .cpt import CPTConfig, CPTEmbedding
+from .fourierft import FourierFTConfig, FourierFTModel
 from .hra import HRAConfig, HRAModel
 from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
@@ -19,15 +20,20 @@ from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparamet
 from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .randlora import RandLoraConfig, RandLoraModel
+from .vera import VeraConfig, VeraModel
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.OFT: (OFTConfig, OFTModel),
+    PeftType.FOURIERFT: (FourierFTConfig, FourierFTModel),
+    PeftType.RANDLORA: (RandLoraConfig, RandLoraModel),
     PeftType.BOFT: (BOFTConfig, BOFTModel),
     PeftType.HRA: (HRAConfig, HRAModel),
     PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
     PeftType.IA3: (IA3Config, IA3Model),
+    PeftType.VERA: (VeraConfig, VeraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -92,6 +98,8 @@ __all__ = [
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "FourierFTConfig",
+    "FourierFTModel",
     "HRAConfig",
     "HRAModel",
     "IA3Config",
@@ -115,6 +123,10 @@ __all__ = [
     "PromptTuner",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
+    "RandLoraModel",
+    "VeraConfig",
+    "VeraModel",
     "config_class",
     "method_class",
     "prompt_encoder_class",

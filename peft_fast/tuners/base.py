@@ -93,6 +93,9 @@ class BaseTuner(Merging):
             set_fan_in_fan_out(config, is_conv1d(base))
         return cls(target, adapter_name, config=config, **options)
 
+    def before_layers(self, adapter_name: str, config: Any, paths: list[str]) -> None:
+        """Called before the layers at `paths` are adapted: for what they share."""
+
     def layer_options(self, path: str, config: Any) -> dict[str, Any]:
         return {}
 
@@ -140,6 +143,7 @@ class BaseTuner(Merging):
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
             self._tied_targets = ties.targets
+            self.before_layers(adapter_name, config, paths)
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in self.steps(paths, config):
                 target = self.model.get_submodule(path)

@@ -205,7 +205,7 @@ class BaseTunerLayer(AdapterHolder):
                     container[adapter_name] = nn.Parameter(moved, requires_grad=weights.requires_grad)
             else:
                 container[adapter_name] = container[adapter_name].to(device, None if keep_dtype else dtype)
-        self._place_buffers(adapter_name, device, None if keep_dtype else dtype)
+        self._place_buffers(adapter_name, device, None if keep_dtype or self.is_kbit else dtype)
 
     def _place_buffers(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         if device.type == "meta":

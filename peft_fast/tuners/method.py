@@ -1,15 +1,41 @@
 """What layers have in common that are no more than weights and a formula around one base layer."""
 
 import warnings
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_fast.dispatch import Choice
 
-from .base_weight import linear_features
+from .base_weight import is_conv1d, linear_features
 from .layer import BaseTunerLayer
+from .options import TunerConfig, is_integer
+
+
+@dataclass
+class SeededConfig(TunerConfig):
+    """A config with a seed, which the option called `seed_option` is. Where the option save_projection is False the
+    numbers that are drawn from it are in no file, and that is warned of."""
+
+    seed_option: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not getattr(self, "save_projection", True):
+            warnings.warn(
+                "save_projection=False: what is drawn from projection_prng_key is not saved, and drawn again when the "
+                "adapter is loaded, which another platform may do otherwise",
+                stacklevel=4,
+            )
+
+    def check(self) -> None:
+        super().check()
+        seed = getattr(self, self.seed_option)
+        if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{self.seed_option} must be an integer of 64 bits, a seed, got {seed!r}")
 
 
 class MethodLayer(BaseTunerLayer):
@@ -37,7 +63,7 @@ class MethodLayer(BaseTunerLayer):
         self.make_weights(adapter_name, config, **options)
         self.place_adapter(adapter_name)
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         raise NotImplementedError
 
     def weight_shape(self) -> tuple[int, int]:
@@ -70,6 +96,31 @@ class MethodLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.method}.{super().__repr__()}"
+
+
+class AddedLayer(MethodLayer):
+    """Around a linear layer: y = base(x) + what each adapter makes of x. A method says `delta`, and `change` where
+    there is a shorter way than a product with it."""
+
+    def delta(self, name: str) -> Tensor:
+        """[out, in]"""
+        raise NotImplementedError
+
+    def change(self, name: str, x: Tensor) -> Tensor:
+        delta = self.delta(name)
+        return F.linear(self.cast(x, delta.dtype), delta)
+
+    def adapted(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            y = y + self.change(name, x)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        delta = self.delta(adapter)
+        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        return delta.T if is_conv1d(self.get_base_layer()) else delta
 
 
 class Unscaled(MethodLayer):

@@ -30,6 +30,7 @@ LORA_TARGETS["gemma4"] = r".*language_model\..*\.(q_proj|v_proj)"  # the towers 
 
 VERA_TARGETS: Targets = LORA_TARGETS | {"phi": ["q_proj", "v_proj"]}
 SHIRA_TARGETS: Targets = VERA_TARGETS.copy()
+FOURIERFT_TARGETS: Targets = LORA_TARGETS | {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 
 ADALORA_TARGETS = _by_type(
     {

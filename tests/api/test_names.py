@@ -17,17 +17,9 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-METHODS = [
-    "AdaptionPromptConfig",
-    "AdaptionPromptModel",
-    "HRAConfig",
-    "HRAModel",
-    "BOFTConfig",
-    "BOFTModel",
-    "OFTConfig",
-    "OFTModel",
-]
-TUNERS = ["IA3Config", "IA3Model"]
+_BUILT_B = "AdaptionPrompt BOFT FourierFT HRA OFT RandLora"
+METHODS = [name + kind for name in _BUILT_B.split() for kind in ("Config", "Model")]
+TUNERS = ["VeraConfig", "VeraModel", "IA3Config", "IA3Model"]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -80,6 +72,8 @@ NAMES = {
     ".tuners.adaption_prompt.layer": ["AdaptedAttention", "AdaptedAttentionGPT"],
     ".tuners.hra": ["HRAConfig", "HRAConv2d", "HRALayer", "HRALinear", "HRAModel"],
     ".tuners.boft": ["BOFTConfig", "BOFTLayer", "BOFTModel"],
+    ".tuners.randlora": ["Linear", "RandLoraConfig", "RandLoraLayer", "RandLoraModel"],
+    ".tuners.fourierft": ["FourierFTConfig", "FourierFTLayer", "FourierFTLinear", "FourierFTModel"],
     ".tuners.oft": ["Conv2d", "Linear", "OFTConfig", "OFTLayer", "OFTModel"],
     ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],

@@ -116,6 +116,51 @@ METHODS = [
         },
         like_the_base={"init_weights": True},
     ),
+    Method(
+        "RandLora",
+        "randlora_",
+        ["linear", "conv1d"],
+        {"r": 3, "randlora_alpha": 12},
+        {
+            "dense": {},
+            "drawn": {"init_weights": False},
+            "sparse": {"sparse": True},
+            "very_sparse": {"very_sparse": True},
+            "unsaved": {"save_projection": False},
+        },
+        ["sequence", "pointwise", "grouped", "table"],
+        (4, 8),
+        {
+            "r": ({"r": 0}, "r must be a positive integer"),
+            "alpha": ({"randlora_alpha": "x"}, "randlora_alpha must be a finite number"),
+            "seed": ({"projection_prng_key": 1.5}, "projection_prng_key must be an integer of 64 bits"),
+            "dropout": ({"randlora_dropout": 2}, "randlora_dropout must be a probability"),
+            "bias": ({"bias": "x"}, "bias must be one of 'none', 'all', 'randlora_only'"),
+        },
+    ),
+    Method(
+        "FourierFT",
+        "fourierft_",
+        ["linear", "conv1d"],
+        {"n_frequency": 20, "scaling": 30.0},
+        {
+            "drawn": {},
+            "zeros": {"init_weights": True},
+            "pattern": {"n_frequency_pattern": {"linear": 7}},
+            "elsewhere": {"random_loc_seed": 5},
+        },
+        ["sequence", "pointwise", "grouped", "table"],
+        (),
+        {
+            "n": ({"n_frequency": 0}, "n_frequency must be a positive integer"),
+            "pattern": ({"n_frequency_pattern": {"x": 0}}, "must be a positive integer"),
+            "seed": ({"random_loc_seed": None}, "random_loc_seed must be an integer of 64 bits"),
+            "scaling": ({"scaling": float("inf")}, "scaling must be a finite number"),
+            "bias": ({"bias": "fourier_only"}, "bias must be one of 'none', 'all', 'fourierft_only'"),
+            "expression": ({"target_modules": "x", "layers_to_transform": 1}, "needs target_modules as a list"),
+        },
+        like_the_base={"init_weights": True},
+    ),
 ]
 IDS = [method.name for method in METHODS]
 EVERY = pytest.mark.parametrize("method", METHODS, ids=IDS)
@@ -310,7 +355,10 @@ def test_several_adapters(method):
             model.base_model.set_adapter(names)
             outputs.append(model(IDS_IN))
             outputs.append([name for name, p in model.named_parameters() if p.requires_grad])
-            outputs.append([vars(row) for row in model.get_layer_status()])
+            rows = [vars(row) for row in model.get_layer_status()]
+            for row in rows:  # peft counts what a layer has of adapters that it has not
+                row["devices"] = {n: d for n, d in row["devices"].items() if n in row["available_adapters"]}
+            outputs.append(rows)
         model.set_adapter("other")
         model.delete_adapter("default")
         outputs.append(model(IDS_IN))

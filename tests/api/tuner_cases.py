@@ -47,6 +47,15 @@ METHODS = [
         {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
         kbit=True,
     ),
+    Method(
+        "Vera",
+        "vera_lambda_",
+        ("linear", "gpt"),
+        {"r": 4},
+        ({}, {"init_weights": False, "projection_prng_key": 7}, {"bias": "vera_only"}),
+        gpt2={"target_modules": ["c_attn", "mlp.c_proj"]},
+        kbit=True,
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 

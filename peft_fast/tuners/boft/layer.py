@@ -15,7 +15,7 @@ from peft_fast.tuners.oft.layer import cayley, rotate
 
 
 class BOFTLayer(Unscaled):
-    """boft_R: {adapter: [n, blocks, b, b]}, of which only A - A^T counts; boft_s: {adapter: a scale for each output}."""
+    """boft_R: {adapter: A [n, blocks, b, b]}, of which A - A^T counts; boft_s: {adapter: a scale for each output}."""
 
     boft_R: nn.ParameterDict
     boft_s: nn.ParameterDict
@@ -26,7 +26,7 @@ class BOFTLayer(Unscaled):
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         outputs, features = self.weight_shape()
         n = config.boft_n_butterfly_factor
         size, count = block_sizes(features, config.boft_block_size, config.boft_block_num, n)
@@ -41,9 +41,8 @@ class BOFTLayer(Unscaled):
     def scale_shape(self, outputs: int) -> tuple[int, int]:
         return outputs, 1
 
-    def blocks(self, name: str, weights: Tensor | None = None) -> Tensor:
+    def blocks(self, weights: Tensor) -> Tensor:
         """D of each factor, [n, blocks, b, b]: in fp32 at least."""
-        weights = self.boft_R[name] if weights is None else weights
         return cayley(0.5 * (weights - weights.transpose(-1, -2)).flatten(0, 1)).unflatten(0, weights.shape[:2])
 
     def thinned(self, name: str, blocks: Tensor) -> Tensor:
@@ -61,14 +60,14 @@ class BOFTLayer(Unscaled):
 
     def in_training(self, names: list[str]) -> list[Tensor]:
         """The blocks of each adapter for a forward."""
-        return [self.thinned(name, self.blocks(name)) for name in names]
+        return [self.thinned(name, self.blocks(self.boft_R[name])) for name in names]
 
     @torch.no_grad()
     def exact(self, name: str) -> tuple[Tensor, Tensor]:
         """(blocks, scales [out, 1]) for merging: in fp32 at least."""
         weights = self.boft_R[name]
         scales = self.boft_s[name].reshape(-1, 1)
-        return self.blocks(name, weights.to(torch.promote_types(weights.dtype, torch.float32))), scales
+        return self.blocks(weights.to(torch.promote_types(weights.dtype, torch.float32))), scales
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(R [in, in], scales [out, 1]): merging makes s * W R^T of a weight W, and adds nothing."""
@@ -146,7 +145,7 @@ class Conv2d(BOFTLayer):
 
     how = "the kernels go through butterfly factors and are scaled, and torch's own convolution takes them"
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         refuse_groups(self.get_base_layer(), "BOFT")
         super().make_weights(adapter_name, config)
 

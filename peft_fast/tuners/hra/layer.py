@@ -27,7 +27,7 @@ class HRALayer(Unscaled):
     adapter_layer_names = ("hra_u",)
     other_param_names = ("hra_r", "hra_apply_GS")
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         size, r = self.weight_shape()[1], config.r
         self.hra_r[adapter_name], self.hra_apply_GS[adapter_name] = r, config.apply_GS
         pairs = config.init_weights and r % 2 == 0
@@ -87,7 +87,7 @@ class HRAConv2d(HRALayer):
 
     how = "the kernels are reflected, and torch's own convolution takes them"
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         refuse_groups(self.get_base_layer(), "HRA")
         super().make_weights(adapter_name, config)
 

@@ -119,7 +119,7 @@ class OFTLayer(Unscaled):
     def rotated_features(self) -> int:
         return self.weight_shape()[1]
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         features = self.rotated_features()
         count, size = block_sizes(features, config.r, config.oft_block_size)
         self.r[adapter_name], self.oft_block_size[adapter_name] = count, size
@@ -185,7 +185,7 @@ class Conv2d(OFTLayer):
 
     how = "the kernels, or of kernels of 1 the input, are rotated block by block; torch's own convolution takes them"
 
-    def make_weights(self, adapter_name: str, config: Any) -> None:
+    def make_weights(self, adapter_name: str, config: Any, **options: Any) -> None:
         base: Any = self.get_base_layer()
         refuse_groups(base, "OFT")
         if self.base_layer is not base and not self.is_pointwise:

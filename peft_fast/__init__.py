@@ -48,6 +48,8 @@ from .tuners import (
     AdaptionPromptModel,
     BOFTConfig,
     BOFTModel,
+    CartridgeConfig,
+    CartridgeEncoder,
     CPTConfig,
     CPTEmbedding,
     FourierFTConfig,
@@ -77,6 +79,12 @@ from .tuners import (
     VeraConfig,
     VeraModel,
 )
+from .tuners.cartridge.utils import (
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
 from .utils import bloom_model_postprocess_past_key_value, replace_lora_weights_loftq, shift_tokens_right
 
@@ -97,6 +105,8 @@ __all__ = [
     "BOFTModel",
     "CPTConfig",
     "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "FourierFTConfig",
     "FourierFTModel",
     "HRAConfig",
@@ -145,6 +155,7 @@ __all__ = [
     "accelerate",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
+    "compose_cartridge_adapters",
     "explain",
     "get_base_model_state_dict",
     "get_layer_status",
@@ -152,11 +163,14 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "inject_adapter_in_model",
     "install_as_peft",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "quantize_linear_layers",
     "replace_lora_weights_loftq",
     "restore",

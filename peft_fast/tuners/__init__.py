@@ -6,6 +6,7 @@ from peft_fast.peft_types import PeftType
 from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
 from .boft import BOFTConfig, BOFTModel
+from .cartridge import CartridgeConfig, CartridgeEncoder
 from .cpt import CPTConfig, CPTEmbedding
 from .fourierft import FourierFTConfig, FourierFTModel
 from .hra import HRAConfig, HRAModel
@@ -41,6 +42,7 @@ PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePrompt
     PeftType.P_TUNING: (PromptEncoderConfig, PromptEncoder),
     PeftType.PREFIX_TUNING: (PrefixTuningConfig, PrefixEncoder),
     PeftType.CPT: (CPTConfig, CPTEmbedding),
+    PeftType.CARTRIDGE: (CartridgeConfig, CartridgeEncoder),
 }
 
 
@@ -98,6 +100,8 @@ __all__ = [
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "FourierFTConfig",
     "FourierFTModel",
     "HRAConfig",

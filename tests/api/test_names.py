@@ -13,7 +13,7 @@ import peft_fast.mapping
 
 MODELS = [name for name in peft_fast.__all__ if name.startswith(("PeftModel", "AutoPeftModel"))]
 PROMPTS = [
-    "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit", "PrefixEncoder",
+    "CartridgeConfig", "CartridgeEncoder", "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit", "PrefixEncoder",
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
@@ -60,6 +60,11 @@ NAMES = {
     ],
     ".tuners.lora.loraga": ["preprocess_loraga"],
     ".tuners": [*METHODS, "LoraConfig", "LoraModel", "MultitaskPromptEmbedding", *PROMPTS],
+    ".tuners.cartridge": ["CartridgeConfig", "CartridgeEncoder"],
+    ".tuners.cartridge.utils": [
+        "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ],
     ".tuners.cpt": ["CPTConfig", "CPTEmbedding"],
     ".tuners.multitask_prompt_tuning": [
         "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",

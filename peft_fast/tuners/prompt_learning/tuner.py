@@ -211,7 +211,7 @@ class PromptTuner:
         return self.peft_config[adapter_name]
 
     def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
-        return state_dict
+        return self.owner.prompt_encoder[adapter_name].as_today(state_dict)
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         for path, module in self.model.named_modules():

@@ -13,7 +13,8 @@ import peft_fast.mapping
 
 MODELS = [name for name in peft_fast.__all__ if name.startswith(("PeftModel", "AutoPeftModel"))]
 PROMPTS = [
-    "CartridgeConfig", "CartridgeEncoder", "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit", "PrefixEncoder",
+    "CartridgeConfig", "CartridgeEncoder", "CPTConfig", "CPTEmbedding", "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit", "PrefixEncoder",
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip

@@ -50,8 +50,8 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
                     f"past_key_values must have at least num_virtual_tokens={num_virtual_tokens} tokens, got "
                     f"{one.shape[2]} in layer {index}: give a longer text"
                 )
-    states = [one[0, :, :num_virtual_tokens].transpose(0, 1) for pair in pairs for one in pair]
-    return torch.stack(states, dim=1).flatten(1)
+    by_token = [one[0, :, :num_virtual_tokens].transpose(0, 1) for pair in pairs for one in pair]
+    return torch.stack(by_token, dim=1).flatten(1)
 
 
 def _pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -94,7 +94,7 @@ def initialize_kv_prefix_from_text(
     """Run the base model on `text`, and set an adapter to the first keys and values: see
     initialize_kv_prefix_from_past_key_values, also for what is raised.
 
-    use_chat_template: as a system prompt in the tokenizer's template, if it has one. max_length: of the text, in tokens.
+    use_chat_template: as a system prompt in the tokenizer's template, if it has one. max_length: in tokens.
     """
     name, tokens = _prefix_of(model, adapter_name, num_virtual_tokens)
     if use_chat_template and getattr(tokenizer, "chat_template", None):
@@ -139,7 +139,7 @@ def compose_cartridge_adapters(
     output_path: str | os.PathLike[str],
     safe_serialization: bool = True,
 ) -> None:
-    """Write one cartridge that is several saved ones after each other. As many of its tokens are frozen as of the first.
+    """Write one cartridge that is several saved ones after each other. As many tokens are frozen as of the first.
 
     Raises ValueError, and writes nothing, for fewer than two and for such as are of other models.
     """

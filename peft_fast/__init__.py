@@ -44,6 +44,8 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .tuners import (
+    AdaLoraConfig,
+    AdaLoraModel,
     CPTConfig,
     CPTEmbedding,
     IA3Config,
@@ -72,6 +74,8 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

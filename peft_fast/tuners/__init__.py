@@ -3,6 +3,7 @@
 from peft_fast.config import PeftConfig, PromptLearningConfig
 from peft_fast.peft_types import PeftType
 
+from .adalora import AdaLoraConfig, AdaLoraModel
 from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
 from .ia3 import IA3Config, IA3Model
@@ -22,6 +23,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LOHA: (LoHaConfig, LoHaModel),
     PeftType.IA3: (IA3Config, IA3Model),
     PeftType.VERA: (VeraConfig, VeraModel),
+    PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -76,6 +78,8 @@ def _method(
 __all__ = [
     "METHODS",
     "PROMPT_METHODS",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterHolder",
     "BasePromptEncoder",
     "BaseTuner",

@@ -17,7 +17,7 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-TUNERS = ["VeraConfig", "VeraModel", "IA3Config", "IA3Model"]
+TUNERS = ["AdaLoraConfig", "AdaLoraModel", "VeraConfig", "VeraModel", "IA3Config", "IA3Model"]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",

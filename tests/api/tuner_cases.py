@@ -56,6 +56,16 @@ METHODS = [
         gpt2={"target_modules": ["c_attn", "mlp.c_proj"]},
         kbit=True,
     ),
+    Method(
+        "AdaLora",
+        "lora_",
+        ("conv2", "one", "linear", "gpt"),
+        {"init_r": 4, "target_r": 2, "total_step": 10},
+        ({}, {"init_lora_weights": False, "lora_alpha": 3}),
+        gpt2={"target_modules": ["c_attn", "mlp.c_proj"]},
+        kbit=True,
+        other={"inference_mode": True, "init_r": 2},
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 

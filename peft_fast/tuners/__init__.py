@@ -9,6 +9,7 @@ from .cpt import CPTConfig, CPTEmbedding
 from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
 from .loha import LoHaConfig, LoHaModel
+from .lokr import LoKrConfig, LoKrModel
 from .lora import LoraConfig, LoraModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -24,6 +25,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.IA3: (IA3Config, IA3Model),
     PeftType.VERA: (VeraConfig, VeraModel),
     PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
+    PeftType.LOKR: (LoKrConfig, LoKrModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -90,6 +92,8 @@ __all__ = [
     "IA3Model",
     "LoHaConfig",
     "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
     "LoraConfig",
     "LoraModel",
     "ModulesToSaveWrapper",

@@ -17,7 +17,17 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-TUNERS = ["AdaLoraConfig", "AdaLoraModel", "VeraConfig", "VeraModel", "IA3Config", "IA3Model"]
+METHODS = ["AdaLora", "IA3", "LNTuning", "LoKr", "Shira", "TrainableTokens", "Vera"]
+TUNERS = [f"{method}{end}" for method in METHODS for end in ("Config", "Model")]
+    "LoKrConfig",
+    "LoKrModel",
+    "AdaLoraConfig",
+    "AdaLoraModel",
+    "VeraConfig",
+    "VeraModel",
+    "IA3Config",
+    "IA3Model",
+]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -66,9 +76,16 @@ NAMES = {
     ".tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
     ".tuners.loha": ["Conv2d", "Linear", "LoHaConfig", "LoHaLayer", "LoHaModel"],
     ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
+    ".tuners.adalora": [
+        "AdaLoraConfig", "AdaLoraLayer", "AdaLoraModel", "RankAllocator", "SVDConv2d", "SVDLinear",
+    ],
+    ".tuners.ln_tuning": ["LNTuningConfig", "LNTuningLayer", "LNTuningModel"],
+    ".tuners.lokr": ["Conv1d", "Conv2d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"],
+    ".tuners.shira": ["Linear", "ShiraConfig", "ShiraLayer", "ShiraModel"],
+    ".tuners.vera": ["Linear", "VeraConfig", "VeraLayer", "VeraModel"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
-    ".tuners.trainable_tokens": ["TrainableTokensLayer"],
+    ".tuners.trainable_tokens": ["TrainableTokensConfig", "TrainableTokensLayer", "TrainableTokensModel"],
     ".tuners.tuners_utils": ["BasePromptEncoder", "BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
     ".utils": [
         "CONFIG_NAME", "ModulesToSaveWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME", "TaskType", "WEIGHTS_NAME",

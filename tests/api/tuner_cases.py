@@ -66,6 +66,19 @@ METHODS = [
         kbit=True,
         other={"inference_mode": True, "init_r": 2},
     ),
+    Method(
+        "LoKr",
+        "lokr_",
+        (*CONVOLUTIONS, "linear"),
+        {"r": 1, "alpha": 3},
+        (
+            {},
+            {"init_weights": "lycoris", "r": 8},
+            {"init_weights": False, "use_effective_conv2d": True, "r": 2, "decompose_factor": 1},
+            {"decompose_both": True, "decompose_factor": 4, "rank_pattern": {"linear": 2}},
+        ),
+        other={"r": 2, "decompose_factor": 4},
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 

@@ -8,6 +8,7 @@ from .base import BaseTuner
 from .cpt import CPTConfig, CPTEmbedding
 from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
+from .ln_tuning import LNTuningConfig, LNTuningModel
 from .loha import LoHaConfig, LoHaModel
 from .lokr import LoKrConfig, LoKrModel
 from .lora import LoraConfig, LoraModel
@@ -26,6 +27,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.VERA: (VeraConfig, VeraModel),
     PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
     PeftType.LOKR: (LoKrConfig, LoKrModel),
+    PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -90,6 +92,8 @@ __all__ = [
     "CPTEmbedding",
     "IA3Config",
     "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",

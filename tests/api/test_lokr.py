@@ -57,8 +57,8 @@ def test_the_product_with_kernels():
     layer = adapted(peft_fast, base, LOKR, **options).base_model.model[0]
     assert layer.lokr_t2["default"].shape == (1, 1, 3, 3)
     first, second = layer.pair("default", torch.float32)
-    expected = torch.kron(first[..., None, None], second.clone(memory_format=torch.contiguous_format).reshape(4, 2, 3, 3))
-    expected = layer.scaling["default"] * expected
+    second = second.clone(memory_format=torch.contiguous_format).reshape(4, 2, 3, 3)
+    expected = layer.scaling["default"] * torch.kron(first[..., None, None], second)
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
     x = torch.randn(2, 4, 5, 5)
     both = torch.nn.functional.conv2d(x, layer.weight + expected, layer.bias, padding=1)

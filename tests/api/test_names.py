@@ -19,15 +19,6 @@ PROMPTS = [
 ]  # fmt: skip
 METHODS = ["AdaLora", "IA3", "LNTuning", "LoKr", "Shira", "TrainableTokens", "Vera"]
 TUNERS = [f"{method}{end}" for method in METHODS for end in ("Config", "Model")]
-    "LoKrConfig",
-    "LoKrModel",
-    "AdaLoraConfig",
-    "AdaLoraModel",
-    "VeraConfig",
-    "VeraModel",
-    "IA3Config",
-    "IA3Model",
-]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -79,8 +70,9 @@ NAMES = {
     ".tuners.adalora": [
         "AdaLoraConfig", "AdaLoraLayer", "AdaLoraModel", "RankAllocator", "SVDConv2d", "SVDLinear",
     ],
-    ".tuners.ln_tuning": ["LNTuningConfig", "LNTuningLayer", "LNTuningModel"],
-    ".tuners.lokr": ["Conv1d", "Conv2d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"],
+    ".tuners.ln_tuning": ["LNTuningConfig", "LNTuningModel"],
+    ".tuners.ln_tuning.layer": ["LNTuningLayer"],
+    ".tuners.lokr": ["Conv2d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"],
     ".tuners.shira": ["Linear", "ShiraConfig", "ShiraLayer", "ShiraModel"],
     ".tuners.vera": ["Linear", "VeraConfig", "VeraLayer", "VeraModel"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],

@@ -22,6 +22,7 @@ class Method:
     kbit: bool = False  # whether peft has it on k-bit layers
     other: dict[str, Any] = field(default_factory=dict)  # how a second adapter of llama's differs
     together: bool = True  # whether two adapters can be active together
+    linear: bool = True  # whether the rows of llama are linear layers
     default_targets: bool = True  # whether it has targets of its own for a model type
     bert: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["query", "value"]})
     t5: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["q", "v"]})
@@ -78,6 +79,17 @@ METHODS = [
             {"decompose_both": True, "decompose_factor": 4, "rank_pattern": {"linear": 2}},
         ),
         other={"r": 2, "decompose_factor": 4},
+    ),
+    Method(
+        "LNTuning",
+        "ln_tuning_",
+        ("norm", "linear", "conv1"),
+        llama={},
+        kbit=True,
+        together=False,
+        linear=False,
+        bert={"target_modules": ["LayerNorm"]},
+        t5={},
     ),
 ]
 BY_NAME = {method.name: method for method in METHODS}

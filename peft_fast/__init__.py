@@ -68,6 +68,8 @@ from .tuners import (
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
     PromptTuningInit,
+    TrainableTokensConfig,
+    TrainableTokensModel,
     VeraConfig,
     VeraModel,
 )
@@ -126,6 +128,8 @@ __all__ = [
     "PromptTuningInit",
     "QuantizedLinear",
     "TaskType",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "TunerLayerStatus",
     "TunerModelStatus",
     "VeraConfig",

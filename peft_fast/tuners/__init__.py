@@ -18,6 +18,7 @@ from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparamet
 from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .vera import VeraConfig, VeraModel
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
@@ -28,6 +29,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
     PeftType.LOKR: (LoKrConfig, LoKrModel),
     PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
+    PeftType.TRAINABLE_TOKENS: (TrainableTokensConfig, TrainableTokensModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -113,6 +115,8 @@ __all__ = [
     "PromptTuner",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "VeraConfig",
     "VeraModel",
     "config_class",

@@ -335,7 +335,7 @@ def test_tasks(method, task, inputs, tmp_path):
         model.save_pretrained(tmp_path / library.__name__)
     torch.testing.assert_close(results[peft_fast][0], results[peft][0], rtol=1e-5, atol=0)
     assert_alike(results[peft_fast][1], results[peft][1], 1e-3)
-    if task == "SEQ_CLS":
+    if task == "SEQ_CLS" and method.name != "TrainableTokens":  # which has no modules_to_save
         assert any("modules_to_save" in key for key in results[peft_fast][1])
     files = [load_file(tmp_path / library.__name__ / "adapter_model.safetensors") for library in LIBRARIES]
     torch.testing.assert_close(*files, rtol=0, atol=0)

@@ -91,6 +91,19 @@ METHODS = [
         bert={"target_modules": ["LayerNorm"]},
         t5={},
     ),
+    Method(
+        "TrainableTokens",
+        "trainable_tokens_",
+        ("table",),
+        {"token_indices": [1, 3]},
+        ({}, {"init_weights": False}, {"token_indices": [4, 0]}),
+        llama={"token_indices": list(range(1, 20))},
+        other={"token_indices": list(range(20, 40))},
+        kbit=True,
+        linear=False,
+        bert={"token_indices": list(range(1, 20))},
+        t5={"token_indices": list(range(1, 20))},
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -108,11 +121,13 @@ class Kinds(nn.Module):
         self.norm = nn.LayerNorm(6)
         self.linear = nn.Linear(6, 5)
         self.gpt = Conv1D(7, 5)
+        self.table = nn.Embedding(5, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv3(x[:, None])[:, 0]
         x = self.grouped(self.one(self.conv2(x).relu()).relu()).flatten(2)
-        return self.gpt(self.linear(self.norm(self.conv1(x).transpose(1, 2))))
+        y = self.gpt(self.linear(self.norm(self.conv1(x).transpose(1, 2))))
+        return y + self.table(torch.arange(y.shape[1]) % 5)
 
 
 def kinds() -> Kinds:

@@ -1,4 +1,4 @@
-"""A module of the base model and trained copies of it, one for each adapter: the active one's is called in its place."""
+"""A module of the base model and trained copies of it, one for each adapter; the active one's is called instead."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -291,7 +291,7 @@ def _embeddings_to_save(tuner: AnyTuner, adapter_name: str, choice: bool | str) 
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
-    if choice == "auto" and getattr(config, "trainable_token_indices", None) is not None:
+    if choice == "auto" and any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices")):
         adapted = False  # who trains a few rows wants a small file
     if choice == "auto" and not adapted and not vocabulary_was_resized(tuner, adapter_name):
         return []

@@ -83,6 +83,10 @@ class PeftConfig(PushToHubMixin):
                     "so they would do something else in it. Load them under another name, or delete the adapter first"
                 )
 
+    def may_be_empty(self, key: str) -> bool:
+        """Whether an adapter's tensor of this key in a file may have no element."""
+        return False
+
     @property
     def is_prompt_learning(self) -> bool:
         return False

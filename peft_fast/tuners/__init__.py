@@ -3,6 +3,7 @@
 from peft_fast.config import PeftConfig, PromptLearningConfig
 from peft_fast.peft_types import PeftType
 
+from .adalora import AdaLoraConfig, AdaLoraModel
 from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
 from .boft import BOFTConfig, BOFTModel
@@ -12,7 +13,9 @@ from .fourierft import FourierFTConfig, FourierFTModel
 from .hra import HRAConfig, HRAModel
 from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
+from .ln_tuning import LNTuningConfig, LNTuningModel
 from .loha import LoHaConfig, LoHaModel
+from .lokr import LoKrConfig, LoKrModel
 from .lora import LoraConfig, LoraModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -22,6 +25,7 @@ from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .randlora import RandLoraConfig, RandLoraModel
+from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .vera import VeraConfig, VeraModel
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
@@ -35,6 +39,10 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
     PeftType.IA3: (IA3Config, IA3Model),
     PeftType.VERA: (VeraConfig, VeraModel),
+    PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
+    PeftType.LOKR: (LoKrConfig, LoKrModel),
+    PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
+    PeftType.TRAINABLE_TOKENS: (TrainableTokensConfig, TrainableTokensModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -90,6 +98,8 @@ def _method(
 __all__ = [
     "METHODS",
     "PROMPT_METHODS",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterHolder",
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
@@ -108,8 +118,12 @@ __all__ = [
     "HRAModel",
     "IA3Config",
     "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
     "LoraConfig",
     "LoraModel",
     "ModulesToSaveWrapper",
@@ -129,6 +143,8 @@ __all__ = [
     "PromptTuningInit",
     "RandLoraConfig",
     "RandLoraModel",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "VeraConfig",
     "VeraModel",
     "config_class",

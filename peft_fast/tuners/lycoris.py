@@ -32,7 +32,7 @@ class LycorisConfig(TunerConfig):
 class LycorisLayer(ScaledLayer):
     """Around a linear layer or a convolution: y = base(x) + x with the delta for a weight."""
 
-    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
+    other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale")
     method: str  # what is said before the class's name
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, r: int, alpha: float) -> None:
@@ -42,6 +42,7 @@ class LycorisLayer(ScaledLayer):
         self.scaling: dict[str, float] = {}
         self.rank_dropout: dict[str, float] = {}
         self.module_dropout: dict[str, float] = {}
+        self.rank_dropout_scale: dict[str, bool] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.update_layer(adapter_name, r, alpha, config)
@@ -52,6 +53,7 @@ class LycorisLayer(ScaledLayer):
         self.scaling[adapter_name] = self.initial_scale(adapter_name)
         self.rank_dropout[adapter_name] = config.rank_dropout
         self.module_dropout[adapter_name] = config.module_dropout
+        self.rank_dropout_scale[adapter_name] = getattr(config, "rank_dropout_scale", True)
         self.make_weights(adapter_name, r, config)
         self.place_adapter(adapter_name)
 
@@ -93,14 +95,16 @@ class LycorisLayer(ScaledLayer):
         return self.training and p > 0 and torch.rand(1).item() <= p
 
     def _rows_kept(self, name: str, change: Tensor) -> Tensor | None:
-        """Rank dropout: a factor for each out feature, 0 or what makes their mean 1; None without it."""
+        """Rank dropout: a factor for each out feature, 0 or 1, or what makes their mean 1; None without it."""
         p = self.rank_dropout[name]
         if not (self.training and p):
             return None
         base: Any = self.get_base_layer()
         convolution = isinstance(base, (nn.Conv1d, nn.Conv2d))
         rows = (torch.rand(self.weight_shape(False)[0]) > p).to(change.dtype)
-        rows = (rows / rows.mean().clamp(min=1e-9)).to(change.device)
+        if self.rank_dropout_scale[name]:
+            rows = rows / rows.mean().clamp(min=1e-9)
+        rows = rows.to(change.device)
         return rows.view(-1, *(1 for _ in base.kernel_size)) if convolution else rows
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ class TunerConfig(PeftConfig):
     """Raises ValueError or TypeError for options that cannot be: when it is made, and again before it is used, as
     attributes can be set."""
 
+    sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")  # lists become such
     positive: ClassVar[tuple[str, ...]] = ()  # integers from 1 on
     counts: ClassVar[tuple[str, ...]] = ()  # integers from 0 on
     numbers: ClassVar[tuple[str, ...]] = ()  # finite ones
@@ -30,7 +31,7 @@ class TunerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+        for name in self.sets:
             if isinstance(getattr(self, name, None), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
         self.check()

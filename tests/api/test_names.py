@@ -18,9 +18,13 @@ PROMPTS = [
     "PrefixTuningConfig", "PromptEmbedding", "PromptEncoder", "PromptEncoderConfig",
     "PromptEncoderReparameterizationType", "PromptTuningConfig", "PromptTuningInit",
 ]  # fmt: skip
-_BUILT_B = "AdaptionPrompt BOFT FourierFT HRA OFT RandLora"
-METHODS = [name + kind for name in _BUILT_B.split() for kind in ("Config", "Model")]
-TUNERS = ["VeraConfig", "VeraModel", "IA3Config", "IA3Model"]
+METHODS = ["AdaLora", "IA3", "LNTuning", "LoKr", "Shira", "TrainableTokens", "Vera"]
+TUNERS = [f"{method}{end}" for method in METHODS for end in ("Config", "Model")]
+OTHERS = [
+    f"{method}{end}"
+    for method in ("AdaptionPrompt", "BOFT", "FourierFT", "HRA", "OFT", "RandLora")
+    for end in ("Config", "Model")
+]
 NAMES = {
     "": [
         *MODELS, "LoraConfig", "LoraModel", "PeftConfig", "PeftType", "TaskType", "cast_mixed_precision_params",
@@ -29,7 +33,7 @@ NAMES = {
         "LoftQConfig", "LoraGAConfig", "LoraRuntimeConfig", "preprocess_loraga", "replace_lora_weights_loftq",
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError",
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "bloom_model_postprocess_past_key_value",
-        "shift_tokens_right", "LoHaConfig", "LoHaModel", *METHODS, "PeftMixedModel", *TUNERS, "PromptLearningConfig",
+        "shift_tokens_right", "LoHaConfig", "LoHaModel", *OTHERS, "PeftMixedModel", *TUNERS, "PromptLearningConfig",
         *PROMPTS,
     ],
     ".auto": [name for name in MODELS if name.startswith("Auto")] + ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING"],
@@ -60,7 +64,7 @@ NAMES = {
         "get_layer_status", "get_model_status",
     ],
     ".tuners.lora.loraga": ["preprocess_loraga"],
-    ".tuners": [*METHODS, "LoraConfig", "LoraModel", "MultitaskPromptEmbedding", *PROMPTS],
+    ".tuners": [*OTHERS, "LoraConfig", "LoraModel", "MultitaskPromptEmbedding", *PROMPTS],
     ".tuners.cartridge": ["CartridgeConfig", "CartridgeEncoder"],
     ".tuners.cartridge.utils": [
         "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
@@ -82,9 +86,17 @@ NAMES = {
     ".tuners.fourierft": ["FourierFTConfig", "FourierFTLayer", "FourierFTLinear", "FourierFTModel"],
     ".tuners.oft": ["Conv2d", "Linear", "OFTConfig", "OFTLayer", "OFTModel"],
     ".tuners.ia3": ["Conv2d", "Conv3d", "IA3Config", "IA3Layer", "IA3Model", "Linear"],
+    ".tuners.adalora": [
+        "AdaLoraConfig", "AdaLoraLayer", "AdaLoraModel", "RankAllocator", "SVDConv2d", "SVDLinear",
+    ],
+    ".tuners.ln_tuning": ["LNTuningConfig", "LNTuningModel"],
+    ".tuners.ln_tuning.layer": ["LNTuningLayer"],
+    ".tuners.lokr": ["Conv2d", "Linear", "LoKrConfig", "LoKrLayer", "LoKrModel"],
+    ".tuners.shira": ["Linear", "ShiraConfig", "ShiraLayer", "ShiraModel"],
+    ".tuners.vera": ["Linear", "VeraConfig", "VeraLayer", "VeraModel"],
     ".tuners.lora": ["LoftQConfig", "LoraGAConfig", "LoraConfig", "LoraLayer", "LoraModel", "Linear"],
     ".tuners._buffer_dict": ["BufferDict"],
-    ".tuners.trainable_tokens": ["TrainableTokensLayer"],
+    ".tuners.trainable_tokens": ["TrainableTokensConfig", "TrainableTokensLayer", "TrainableTokensModel"],
     ".tuners.tuners_utils": ["BasePromptEncoder", "BaseTuner", "BaseTunerLayer", "inspect_matched_modules"],
     ".utils": [
         "CONFIG_NAME", "ModulesToSaveWrapper", "PeftType", "SAFETENSORS_WEIGHTS_NAME", "TaskType", "WEIGHTS_NAME",

@@ -3,7 +3,6 @@
 A method is a row of tuner_cases.py; what is particular to one is in a file of its own.
 """
 
-import contextlib
 import json
 import sys
 import warnings
@@ -37,7 +36,9 @@ VARIANTS = [
 
 
 def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    """But for AdaLoRA's ranknum, which peft trains by oversight where it casts it from 16 bits."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: gradient for name, gradient in found.items() if "ranknum" not in name}
 
 
 def assert_alike(ours, theirs, tolerance):
@@ -80,7 +81,7 @@ def test_a_model(method, how, llama, tokens):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             loss = model(tokens, labels=tokens).loss
         loss.backward()
-        kinds_of = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        kinds_of = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad and "ranknum" not in n}
         results.append((loss, kinds_of, gradients(model)))
     (loss, dtypes, own), (their_loss, their_dtypes, theirs) = results
     precise = how in ("fp32", "checkpointing")
@@ -243,6 +244,8 @@ class TestFewBits:
 
     def test_merging(self, method, bits, llama, llama_4bit, tokens):
         """The sum is rounded to the format once; taken out again, the bytes are what they were."""
+        if not method.linear:
+            pytest.skip("no k-bit layer is adapted")
         base = self.base(bits, llama, llama_4bit)
         model = adapted(peft_fast, base, method, **method.llama).eval()
         expected = model(tokens).logits
@@ -321,27 +324,29 @@ def test_tasks(method, task, inputs, tmp_path):
             torch.manual_seed(7)
             return cls(cls.config_class(**SIZES[kind])).eval()
 
-    results = {}
+    results, given = {}, {"input_ids": inputs(task)["input_ids"]}
+    if task == "SEQ_2_SEQ_LM":
+        given["decoder_input_ids"] = inputs(task)["labels"]
     for library in LIBRARIES:
         model = adapted(library, base(), method, task_type=task, **getattr(method, kind))
         loss = model(**inputs(task)).loss
         loss.backward()
-        results[library] = loss, gradients(model)
+        results[library] = loss, gradients(model), model(**given).logits
         model.save_pretrained(tmp_path / library.__name__)
     torch.testing.assert_close(results[peft_fast][0], results[peft][0], rtol=1e-5, atol=0)
     assert_alike(results[peft_fast][1], results[peft][1], 1e-3)
-    if task == "SEQ_CLS":
+    if task == "SEQ_CLS" and method.name != "TrainableTokens":  # which has no modules_to_save
         assert any("modules_to_save" in key for key in results[peft_fast][1])
     files = [load_file(tmp_path / library.__name__ / "adapter_model.safetensors") for library in LIBRARIES]
     torch.testing.assert_close(*files, rtol=0, atol=0)
+    generated = []
     for saved, loading in (LIBRARIES, reversed(LIBRARIES)):
         loaded = loading.PeftModel.from_pretrained(base(), tmp_path / saved.__name__)
-        with contextlib.nullcontext() if loading is peft_fast else torch.no_grad():
-            torch.testing.assert_close(loaded(**inputs(task)).loss, results[peft_fast][0], rtol=1e-4, atol=1e-5)
-    if task == "SEQ_2_SEQ_LM":
-        ids = inputs(task)["input_ids"]
-        given = {"input_ids": ids, "max_new_tokens": 4, "num_beams": 2, "do_sample": False}
-        assert torch.equal(loaded.generate(**given), loading.PeftModel.generate(loaded, **given))
+        torch.testing.assert_close(loaded(**given).logits, results[peft_fast][2], rtol=1e-4, atol=1e-5)
+        if task == "SEQ_2_SEQ_LM":
+            generated.append(loaded.generate(**inputs(task), max_new_tokens=4, num_beams=2, do_sample=False))
+    if generated:
+        assert torch.equal(*generated)
 
 
 def test_no_method_is_left_out():

@@ -22,6 +22,7 @@ class Method:
     kbit: bool = False  # whether peft has it on k-bit layers
     other: dict[str, Any] = field(default_factory=dict)  # how a second adapter of llama's differs
     together: bool = True  # whether two adapters can be active together
+    linear: bool = True  # whether the rows of llama are linear layers
     default_targets: bool = True  # whether it has targets of its own for a model type
     bert: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["query", "value"]})
     t5: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["q", "v"]})
@@ -56,6 +57,53 @@ METHODS = [
         gpt2={"target_modules": ["c_attn", "mlp.c_proj"]},
         kbit=True,
     ),
+    Method(
+        "AdaLora",
+        "lora_",
+        ("conv2", "one", "linear", "gpt"),
+        {"init_r": 4, "target_r": 2, "total_step": 10},
+        ({}, {"init_lora_weights": False, "lora_alpha": 3}),
+        gpt2={"target_modules": ["c_attn", "mlp.c_proj"]},
+        kbit=True,
+        other={"inference_mode": True, "init_r": 2},
+    ),
+    Method(
+        "LoKr",
+        "lokr_",
+        (*CONVOLUTIONS, "linear"),
+        {"r": 1, "alpha": 3},
+        (
+            {},
+            {"init_weights": "lycoris", "r": 8},
+            {"init_weights": False, "use_effective_conv2d": True, "r": 2, "decompose_factor": 1},
+            {"decompose_both": True, "decompose_factor": 4, "rank_pattern": {"linear": 2}},
+        ),
+        other={"r": 2, "decompose_factor": 4},
+    ),
+    Method(
+        "LNTuning",
+        "ln_tuning_",
+        ("norm", "linear", "conv1"),
+        llama={},
+        kbit=True,
+        together=False,
+        linear=False,
+        bert={"target_modules": ["LayerNorm"]},
+        t5={},
+    ),
+    Method(
+        "TrainableTokens",
+        "trainable_tokens_",
+        ("table",),
+        {"token_indices": [1, 3]},
+        ({}, {"init_weights": False}, {"token_indices": [4, 0]}),
+        llama={"token_indices": list(range(1, 20))},
+        other={"token_indices": list(range(20, 40))},
+        kbit=True,
+        linear=False,
+        bert={"token_indices": list(range(1, 20))},
+        t5={"token_indices": list(range(1, 20))},
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -73,11 +121,13 @@ class Kinds(nn.Module):
         self.norm = nn.LayerNorm(6)
         self.linear = nn.Linear(6, 5)
         self.gpt = Conv1D(7, 5)
+        self.table = nn.Embedding(5, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv3(x[:, None])[:, 0]
         x = self.grouped(self.one(self.conv2(x).relu()).relu()).flatten(2)
-        return self.gpt(self.linear(self.norm(self.conv1(x).transpose(1, 2))))
+        y = self.gpt(self.linear(self.norm(self.conv1(x).transpose(1, 2))))
+        return y + self.table(torch.arange(y.shape[1]) % 5)
 
 
 def kinds() -> Kinds:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -86,7 +86,7 @@ class LoraConfig(PeftConfig):
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
     """
 
-    tied_to_weights = (
+    tied_to_weights: ClassVar[tuple[str, ...]] = (
         "peft_type",
         "r",
         "lora_alpha",

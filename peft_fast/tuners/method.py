@@ -1,6 +1,7 @@
 """What layers have in common that are no more than weights and a formula around one base layer."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from peft_fast.dispatch import Choice
 
 from .base_weight import is_conv1d, linear_features
 from .layer import BaseTunerLayer
+from .offload import onloaded
 from .options import TunerConfig, is_integer
 
 
@@ -140,6 +142,13 @@ class Unscaled(MethodLayer):
 
     def _warn(self) -> None:
         warnings.warn(f"{self.method} rotates, and a rotation has no scale: it stays 1", stacklevel=3)
+
+
+def convolved(base: Any, x: Tensor, turned: Callable[[Tensor], Tensor]) -> Tensor:
+    """The convolution `base` of x, with `turned` kernels of rows [out, inputs of a patch] in the place of its own."""
+    with onloaded(base):
+        weight = turned(base.weight.flatten(1)).reshape(base.weight.shape)
+        return base._conv_forward(x, weight.to(x.dtype), base.bias).to(x.dtype)
 
 
 def refuse_groups(base: Any, method: str) -> None:

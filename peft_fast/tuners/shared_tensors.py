@@ -14,6 +14,7 @@ from .base_weight import HALF_DTYPES, linear_features
 from .kinds import layer_class
 from .layer import BaseTunerLayer
 from .method import AddedLayer
+from .options import check_rank_fits
 
 
 class SharingLayer(AddedLayer):
@@ -112,3 +113,7 @@ class SharingTuner(BaseTuner):
                 for value, of_model in zip(values, own):
                     of_model[adapter_name] = of_model[adapter_name].new_empty(value.shape)
         return state_dict
+
+    @classmethod
+    def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
+        check_rank_fits([config.r], tensors)

@@ -202,6 +202,13 @@ class TestRefusals:
         with pytest.raises(TypeError, match="target_modules must be one name"):
             config(peft_fast, target_modules=["self_attn"])
 
+    def test_files_that_ask_for_too_much(self, tmp_path, untouched):
+        adapted(peft_fast, base("llama")).save_pretrained(tmp_path)
+        path, model = tmp_path / "adapter_config.json", base("llama")
+        path.write_text(path.read_text().replace('"adapter_len": 4', '"adapter_len": 1000000000000'))
+        with untouched(model), pytest.raises(ValueError, match="the config says adapter_len=1000000000000, and"):
+            peft_fast.PeftModel.from_pretrained(model, tmp_path)
+
     def test_two_at_a_time(self, untouched):
         model = adapted(peft_fast, base("llama"))
         model.add_adapter("other", config(peft_fast))

@@ -4,6 +4,7 @@ Layers of each kind that it adapts, models in training, merging, files both ways
 """
 
 import copy
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -372,13 +373,18 @@ def test_several_adapters(method):
 
 
 @EVERY
-@pytest.mark.parametrize("how", ["fp32", "autocast", "bf16", "checkpointing"])
+@pytest.mark.parametrize("how", ["fp32", "autocast", "bf16", "all in bf16", "checkpointing"])
 def test_a_model_in_training(method, how, llama, tokens):
-    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    """In bf16 the adapters are in fp32, unless autocast_adapter_dtype is switched off."""
+    dtype, cast = torch.bfloat16 if "bf16" in how else torch.float32, how != "all in bf16"
     results = []
     for library in LIBRARIES:
-        model = adapted(library, method, llama(dtype), task_type="CAUSAL_LM", std=0.05).train()
-        assert {p.dtype for n, p in model.named_parameters() if method.prefix in n} == {torch.float32}
+        torch.manual_seed(2)
+        config = method.config(library, task_type="CAUSAL_LM")
+        model = library.get_peft_model(llama(dtype), config, autocast_adapter_dtype=cast).train()
+        shaken(model, method.prefix, std=0.05)
+        kinds = {p.dtype for n, p in model.named_parameters() if method.prefix in n}
+        assert kinds == {torch.float32 if cast else dtype}
         if how == "checkpointing":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -450,6 +456,9 @@ def test_kbit_bases(method, bits):
     assert (model(x) - expected).norm() < 0.35 * (expected - plain).norm() + 0.2 * expected.norm()
     model.unmerge_adapter()
     assert torch.equal(model(x), expected)
+    plain = model.base_model.merge_to_16bit(progressbar=False)
+    assert {type(module) for module in plain if type(module) is not nn.Tanh} == {nn.Linear}
+    assert (plain(x.bfloat16()).float() - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -471,6 +480,21 @@ def test_kbit_bases(method, bits):
 def test_options_that_cannot_be(method, options, error):
     with pytest.raises((ValueError, TypeError), match=error):
         method.config(peft_fast, **options)
+
+
+@EVERY
+def test_files_that_ask_for_too_much(method, tmp_path, untouched):
+    """A size in the config that the file's tensors are not of: refused before memory is taken for it."""
+    adapted(peft_fast, method, every(), target_modules=["linear"]).save_pretrained(tmp_path)
+    path, large = tmp_path / "adapter_config.json", 10**12
+    values = json.loads(path.read_text())
+    for option in ("r", "n_frequency", "boft_block_size", "oft_block_size"):
+        if values.get(option):
+            path.write_text(json.dumps({**values, option: large}))
+            model = every()
+            with untouched(model), pytest.raises(ValueError, match=r"fit|divide|at most"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                peft_fast.PeftModel.from_pretrained(model, tmp_path)
 
 
 @EVERY

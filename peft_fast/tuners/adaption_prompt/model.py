@@ -67,3 +67,14 @@ class AdaptionPromptModel(BaseTuner):
                 "name the attention modules in target_modules"
             )
         return cls(target, adapter_name, config=config)
+
+    @classmethod
+    def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
+        config.check()
+        prompts = [tuple(value.shape) for key, value in tensors.items() if key.endswith(".adaption_prompt")]
+        wrong = [shape for shape in prompts if len(shape) != 3 or shape[1] != config.adapter_len]
+        if wrong or not prompts:
+            raise ValueError(
+                f"the config says adapter_len={config.adapter_len}, and the file has {wrong[0] if wrong else 'no'} "
+                "adaption_prompt: are adapter_config.json and the weights of one adapter?"
+            )

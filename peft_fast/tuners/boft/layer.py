@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.tuners.method import Unscaled, refuse_groups
+from peft_fast.tuners.method import Unscaled, convolved, refuse_groups
 from peft_fast.tuners.oft.layer import cayley, rotate
 
 
@@ -153,8 +153,11 @@ class Conv2d(BOFTLayer):
         return 1, outputs
 
     def adapted(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
-        rows = base.weight.flatten(1)
-        for name, blocks in zip(names, self.in_training(names)):
-            rows = self.boft_s[name].T * butterfly(rows.to(blocks.dtype), blocks, inverse=True)
-        return base._conv_forward(x, rows.reshape(base.weight.shape).to(x.dtype), base.bias).to(x.dtype)
+        of_adapters = self.in_training(names)
+
+        def turned(rows: Tensor) -> Tensor:
+            for name, blocks in zip(names, of_adapters):
+                rows = self.boft_s[name].T * butterfly(rows.to(blocks.dtype), blocks, inverse=True)
+            return rows
+
+        return convolved(self.get_base_layer(), x, turned)

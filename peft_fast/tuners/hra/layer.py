@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.tuners.method import Unscaled, refuse_groups
+from peft_fast.tuners.method import Unscaled, convolved, refuse_groups
 
 
 class HRALayer(Unscaled):
@@ -92,10 +92,11 @@ class HRAConv2d(HRALayer):
         super().make_weights(adapter_name, config)
 
     def adapted(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
-        rows = base.weight.flatten(1)
-        for name in names:
-            V, P = self.reflections(name, self.hra_u[name].dtype)
-            rows = rows.to(V.dtype)
-            rows = rows - (rows @ V) @ P
-        return base._conv_forward(x, rows.reshape(base.weight.shape).to(x.dtype), base.bias).to(x.dtype)
+        def turned(rows: Tensor) -> Tensor:
+            for name in names:
+                V, P = self.reflections(name, self.hra_u[name].dtype)
+                rows = rows.to(V.dtype)
+                rows = rows - (rows @ V) @ P
+            return rows
+
+        return convolved(self.get_base_layer(), x, turned)

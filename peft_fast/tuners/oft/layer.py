@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast.tuners.method import Unscaled, refuse_groups
+from peft_fast.tuners.method import Unscaled, convolved, refuse_groups
 
 
 class OFTRotationModule(nn.Module):
@@ -201,22 +201,20 @@ class Conv2d(OFTLayer):
         return all(size == 1 for size in base.kernel_size)
 
     def adapted(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
         if self.is_pointwise:
             rotated = x.movedim(1, -1)
             for name in names:
                 rotated = self.rotation(name)(self.cast(rotated, self.rotation(name).weight.dtype))
             return self.base_layer(rotated.movedim(-1, 1).to(x.dtype), *args, **kwargs).to(x.dtype)
-        return base._conv_forward(x, self.rotated_weight(names).to(x.dtype), base.bias).to(x.dtype)
 
-    def rotated_weight(self, names: list[str]) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight  # type: ignore[assignment]
-        rows = weight.flatten(1)
-        for name in reversed(names):
-            rotation = self.rotation(name)
-            rotation.constrain()
-            rows = rotate(rows.to(rotation.weight.dtype), rotation.blocks().transpose(1, 2))
-        return rows.reshape(weight.shape)
+        def turned(rows: Tensor) -> Tensor:
+            for name in reversed(names):
+                rotation = self.rotation(name)
+                rotation.constrain()
+                rows = rotate(rows.to(rotation.weight.dtype), rotation.blocks().transpose(1, 2))
+            return rows
+
+        return convolved(self.get_base_layer(), x, turned)
 
 
 class Embedding(OFTLayer):

@@ -18,6 +18,7 @@ from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparamet
 from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .shira import ShiraConfig, ShiraModel
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .vera import VeraConfig, VeraModel
 
@@ -30,6 +31,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LOKR: (LoKrConfig, LoKrModel),
     PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
     PeftType.TRAINABLE_TOKENS: (TrainableTokensConfig, TrainableTokensModel),
+    PeftType.SHIRA: (ShiraConfig, ShiraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -115,6 +117,8 @@ __all__ = [
     "PromptTuner",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "ShiraConfig",
+    "ShiraModel",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "VeraConfig",

@@ -25,6 +25,7 @@ from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .randlora import RandLoraConfig, RandLoraModel
+from .shira import ShiraConfig, ShiraModel
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .vera import VeraConfig, VeraModel
 
@@ -43,6 +44,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LOKR: (LoKrConfig, LoKrModel),
     PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
     PeftType.TRAINABLE_TOKENS: (TrainableTokensConfig, TrainableTokensModel),
+    PeftType.SHIRA: (ShiraConfig, ShiraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -143,6 +145,8 @@ __all__ = [
     "PromptTuningInit",
     "RandLoraConfig",
     "RandLoraModel",
+    "ShiraConfig",
+    "ShiraModel",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "VeraConfig",

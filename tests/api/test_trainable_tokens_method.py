@@ -27,11 +27,12 @@ def small(library, model, **options):
 
 @pytest.mark.parametrize("targets", [None, ["embed_tokens", "lm_head"]])
 def test_tied_weights(targets, llama, tokens, tmp_path):
-    """The output layer uses the embedding's rows; files, gradients, merging."""
+    """The output layer uses the embedding's rows; files, gradients, merging. Where the output is named too, peft fails
+    in forward: it is what it is without."""
     results = []
     for library in LIBRARIES:
         base = llama(tie_word_embeddings=True)
-        model = small(library, base, target_modules=targets)
+        model = small(library, base, target_modules=targets if library is peft_fast else None)
         loss = model(tokens, labels=tokens).loss
         loss.backward()
         names = [name for name, _ in model.named_parameters()]
@@ -57,15 +58,20 @@ def test_tied_weights(targets, llama, tokens, tmp_path):
 
 
 def test_a_second_adapter_of_a_tied_model(llama, tokens):
-    outputs = []
-    for library in LIBRARIES:
-        model = small(library, llama(tie_word_embeddings=True))
-        model.add_adapter("b", config(library, TOKENS, token_indices=list(range(20, 60))))
-        shaken(model, TOKENS.prefix, "b").eval()
-        for names in ("b", ["default", "b"]):
-            model.base_model.set_adapter(names)
-            outputs.append(model(tokens).logits)
-    torch.testing.assert_close(outputs[:2], outputs[2:], rtol=1e-4, atol=1e-5)
+    """In peft it puts the output layer's wrapper into another, and fails."""
+    model = small(peft_fast, llama(tie_word_embeddings=True))
+    other = list(range(20, 60))
+    model.add_adapter("b", config(peft_fast, TOKENS, token_indices=other))
+    shaken(model, TOKENS.prefix, "b").eval()
+    weight = llama().model.embed_tokens.weight.detach().clone()
+    for names, rows in (("b", {"b": other}), (["default", "b"], {"b": other, "default": list(range(1, 20))})):
+        model.base_model.set_adapter(names)
+        plain = llama(tie_word_embeddings=True)
+        with torch.no_grad():
+            plain.lm_head.weight.copy_(weight)
+            for name, ids in rows.items():
+                plain.lm_head.weight[ids] = model.base_model.model.model.embed_tokens.trainable_tokens_delta[name]
+        torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_untied_outputs_have_rows_of_their_own(llama, tokens):

@@ -104,6 +104,15 @@ METHODS = [
         bert={"token_indices": list(range(1, 20))},
         t5={"token_indices": list(range(1, 20))},
     ),
+    Method(
+        "Shira",
+        "shira_",
+        ("linear",),
+        {"r": 2},
+        ({}, {"init_weights": False, "random_seed": 3}),
+        other={"random_seed": 5, "r": 3},
+        kbit=True,
+    ),
 ]
 BY_NAME = {method.name: method for method in METHODS}
 

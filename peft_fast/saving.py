@@ -76,7 +76,9 @@ def _auto_mapping(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
 
 
 def _check_whole(config: PeftConfig, tensors: dict[str, Tensor]) -> None:
-    empty = [key for key, tensor in tensors.items() if tensor.numel() == 0 and not config.may_be_empty(key)]
+    # They leave nothing of a shape, either; a matrix without columns is one that has none (OFT's, of blocks of 1).
+    gone = [key for key, tensor in tensors.items() if tensor.numel() == 0 and tensor.dim() < 2]
+    empty = [key for key in gone if not config.may_be_empty(key)]
     if empty:
         raise ValueError(
             f"{len(empty)} tensors of the adapter are empty, such as {empty[0]}: DeepSpeed ZeRO-3 or FSDP holds their "

@@ -70,6 +70,24 @@ def test_sizes_that_do_not_divide():
             )
 
 
+def test_blocks_of_one(tmp_path):
+    """Which turn nothing, and have nothing to learn: of an odd number of features, say."""
+    outputs = []
+    for library in LIBRARIES:
+        torch.manual_seed(2)
+        layers = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 3))
+        with pytest.warns(UserWarning, match="oft_block_size"):
+            model = library.get_peft_model(layers, library.OFTConfig(target_modules=["0", "1"], oft_block_size=2))
+        assert model.base_model.model[0].oft_R["default"].weight.shape == (7, 0)
+        model.save_pretrained(tmp_path / library.__name__)
+        outputs.append(model(torch.ones(2, 7)))
+        with pytest.warns(UserWarning, match="oft_block_size"):
+            again = peft_fast.PeftModel.from_pretrained(model.unload(), tmp_path / library.__name__)
+        torch.testing.assert_close(again(torch.ones(2, 7)), outputs[-1])
+        torch.testing.assert_close(again.merge_and_unload()(torch.ones(2, 7)), outputs[-1])
+    torch.testing.assert_close(*outputs)
+
+
 def test_module_dropout_is_where_peft_has_it():
     """Nowhere."""
     x = torch.randn(4, 8)

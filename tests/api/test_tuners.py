@@ -356,4 +356,4 @@ def test_no_method_is_left_out():
     assert rows == built
 
 
-ELSEWHERE: tuple = ()
+ELSEWHERE = ("OFT", "BOFT", "HRA", "RANDLORA", "FOURIERFT", "ADAPTION_PROMPT")  # test_tuner_types_b.py, ...

@@ -66,6 +66,8 @@ def test_starting_from_a_text(kind, how):
         returned = library.initialize_kv_prefix_from_text(model, tokenizer(**template), text=TEXT, **options)
         assert torch.equal(returned, model.prompt_encoder["default"].weight)
         results.append((returned, model.eval()(**inputs_of("CAUSAL_LM")).logits))
+        with pytest.raises(ValueError, match="at least"):
+            library.initialize_kv_prefix_from_text(model, tokenizer(**template), text=TEXT, max_length=3)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 

@@ -14,6 +14,7 @@ from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
+from error_rows_tuners import TUNERS
 from error_tools import Row, Tools
 
 TABLE: dict[str, list[Row]] = {
@@ -29,6 +30,7 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
+    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": TUNERS,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

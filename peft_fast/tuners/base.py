@@ -44,6 +44,7 @@ class BaseTuner(Merging):
     # nn.Linear stands for k-bit linear layers too, and for transformers' Conv1D where `adapts_conv1d`.
     layer_classes: ClassVar[Mapping[type[nn.Module], type[BaseTunerLayer]]] = {}
     adapts_conv1d = False
+    is_mixed = False  # whether other methods' adapters may be in the model too (mixed.py)
     minds_ties = True  # whether it warns of layers that share their weight with others
 
     def __init__(

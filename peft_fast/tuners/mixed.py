@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fast.config import PeftConfig
 from peft_fast.peft_types import PeftType
 from peft_fast.transaction import unchanged_on_error
 
+from .adalora import AdaLoraModel
 from .base import BaseTuner
 from .base_weight import quantized_weight
 from .layer import BaseTunerLayer
 from .loha import LoHaModel
+from .lokr import LoKrModel
 from .lora import LoraModel
 from .lora.groups import ungroup_siblings
 from .lora.layer import LoraLayer
@@ -25,12 +27,16 @@ from .lora.mlp import restore_mlps
 from .names import list_of_names
 from .oft import OFTModel
 from .oft.layer import OFTLayer
+from .shira import ShiraModel
 from .targets import LORA_TARGETS
 
 COMPATIBLE: dict[PeftType, type[BaseTuner]] = {
     PeftType.LORA: LoraModel,
     PeftType.LOHA: LoHaModel,
     PeftType.OFT: OFTModel,
+    PeftType.LOKR: LoKrModel,
+    PeftType.ADALORA: AdaLoraModel,
+    PeftType.SHIRA: ShiraModel,
 }
 
 
@@ -55,7 +61,7 @@ class MixedModel(BaseTuner):
                 "Use one method, or dequantise the model"
             )
         with unchanged_on_error(self, config):
-            tuner = COMPATIBLE[PeftType(config.peft_type)].around(self.model, self.peft_config)
+            tuner = self._of(config)
             tuner.active_adapters = list(self.active_adapters)
             tuner.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._check_magnitudes()
@@ -63,6 +69,19 @@ class MixedModel(BaseTuner):
             self.targeted_module_names += [
                 path for path in tuner.targeted_module_names if path not in self.targeted_module_names
             ]
+
+    def _of(self, config: Any) -> BaseTuner:
+        """What manages the adapters of one method."""
+        tuner = COMPATIBLE[PeftType(config.peft_type)].around(self.model, self.peft_config)
+        tuner.is_mixed = True
+        return tuner
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
+        return self._of(self.peft_config[adapter_name]).as_today(state_dict, prefix, adapter_name)
+
+    def check_values(self, values: Mapping[str, Tensor]) -> None:
+        for config in {config.peft_type: config for config in self.peft_config.values()}.values():
+            self._of(config).check_values(values)
 
     def _check_magnitudes(self) -> None:
         for path, layer in self.layers():

@@ -15,6 +15,7 @@ from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
+from error_rows_tuners import TUNERS
 from error_rows_types_b import TYPES_B
 from error_tools import Row, Tools
 
@@ -33,6 +34,7 @@ TABLE: dict[str, list[Row]] = {
     "Other methods": METHODS,
     "Rotations and research methods": TYPES_B,
     "Prompts in the attention": PROMPTS_IN_ATTENTION,
+    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": TUNERS,
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

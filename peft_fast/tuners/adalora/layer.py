@@ -65,9 +65,9 @@ class AdaLoraLayer(ScaledLayer):
 
     def place_adapter(self, adapter_name: str, keep_dtype: bool = False) -> None:
         super().place_adapter(adapter_name, keep_dtype)
-        A, rank = self.lora_A[adapter_name], self.ranknum[adapter_name]
-        if not A.is_meta:
-            rank.data = rank.data.to(A.device)
+        if adapter_name in self.lora_A and not self.lora_A[adapter_name].is_meta:
+            rank = self.ranknum[adapter_name]
+            rank.data = rank.data.to(self.lora_A[adapter_name].device)
 
     def adapters_in_effect(self) -> list[str]:
         return [name for name in super().adapters_in_effect() if self.r[name]]

@@ -41,7 +41,7 @@ class AdaLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
-        trained = self.trainable_adapter_name
+        trained = None if self.is_mixed else self.trainable_adapter_name
         if trained is not None and not config.inference_mode:
             raise ValueError(
                 f"AdaLoRA trains one adapter of a model, and {trained!r} is trained: set inference_mode=True in the "

@@ -96,12 +96,12 @@ class ShiraLayer(ScaledLayer):
 
     def places(self, name: str) -> Tensor:
         """Of the adapter's entries, counted along the rows of the weight: [n]."""
-        rows, columns = self.shira_indices[name].to(self.shira_weight[name].device).long()
-        if rows.is_meta:
+        if self.shira_indices[name].is_meta:
             raise ValueError(
                 f"SHiRA's adapter {name!r} has no places for its values: its mask_type is no built-in one, and "
                 "config.mask_fn was not set before the model was made, nor was a file loaded"
             )
+        rows, columns = self.shira_indices[name].to(self.shira_weight[name].device).long()
         return rows * self.in_features + columns
 
     def entries(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:

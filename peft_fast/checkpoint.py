@@ -20,6 +20,7 @@ from .adapter_file import PREFIX, is_plain
 from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
+from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
@@ -63,7 +64,7 @@ def get_peft_model_state_dict(
         found = get_peft_model_state_dict(inner, given, adapter_name, save_embedding_layers=save_embedding_layers)
         return found if unwrap_compiled else {COMPILED + key: value for key, value in found.items()}
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
     prompt = tuner.prompt_tensors(adapter_name) if isinstance(tuner, PromptTuner) else {}
     tensors = _tensors(model) if state_dict is None else state_dict
@@ -71,7 +72,15 @@ def get_peft_model_state_dict(
     if absent:
         raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
     found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+    if isinstance(tuner, BaseTuner):
+        found = tuner.to_file(adapter_name, found, prefix)
     return {**without_padding(tuner, adapter_name, found, prefix), **prompt}
+
+
+def _keys(tuner: AnyTuner, prefix: str, adapter_name: str) -> dict[str, str]:
+    """{key in the adapter's file: name in the model}."""
+    shared = tuner.shared_keys(adapter_name, prefix) if isinstance(tuner, BaseTuner) else {}
+    return {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()} | shared
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ def keys_in_model(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's values by their names in the model, and those that have no place there under the keys that they have."""
     tuner, prefix = tuner_of(model)
-    known = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    known = _keys(tuner, prefix, adapter_name)
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     return found, {key: state_dict[key] for key in unexpected}
 
@@ -115,11 +124,11 @@ def plan_load(
     model: Any, state_dict: Mapping[str, Any], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    state_dict = tuner.as_today(state_dict, prefix)
+    state_dict = tuner.as_today(state_dict, prefix, adapter_name)
     others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
     known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
@@ -141,6 +150,8 @@ def plan_load(
     if wrong:
         warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
     values = {name: _as_dtype(name, value, own[name].dtype) for name, value in found.items() if name not in wrong}
+    if isinstance(tuner, BaseTuner):
+        tuner.check_values(values)
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
         raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
@@ -284,7 +295,7 @@ def _embeddings_to_save(tuner: AnyTuner, adapter_name: str, choice: bool | str) 
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
-    if choice == "auto" and getattr(config, "trainable_token_indices", None) is not None:
+    if choice == "auto" and any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices")):
         adapted = False  # who trains a few rows wants a small file
     if choice == "auto" and not adapted and not vocabulary_was_resized(tuner, adapter_name):
         return []

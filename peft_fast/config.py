@@ -75,6 +75,10 @@ class PeftConfig(PushToHubMixin):
     def check(self) -> None:
         """Raise for options that contradict each other or that are not built. The methods' configs have such."""
 
+    @classmethod
+    def check_saved(cls, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, or warn, where a saved config's weights are of another version's method."""
+
     def check_weights_of(self, other: "PeftConfig", of_any_size: bool = False) -> None:
         """Raise ValueError where weights trained under `other` would mean something else under this config.
 
@@ -89,6 +93,10 @@ class PeftConfig(PushToHubMixin):
                     f"the file's weights were trained with {name}={theirs!r}, and the adapter here has {ours!r}, "
                     "so they would do something else in it. Load them under another name, or delete the adapter first"
                 )
+
+    def may_be_empty(self, key: str) -> bool:
+        """Whether an adapter's tensor of this key in a file may have no element."""
+        return False
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -165,6 +173,7 @@ class PeftConfig(PushToHubMixin):
         from .tuners import config_class  # the table has the subclasses of this class
 
         config_type = config_class(options["peft_type"]) if options.get("peft_type") else cls
+        config_type.check_saved(options)
         unknown = options.keys() - config_type.option_names()
         in_use = {key for key in unknown if options[key]}
         if in_use:

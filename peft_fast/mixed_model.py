@@ -14,7 +14,8 @@ from .tuners.names import list_of_names
 
 
 class PeftMixedModel(PeftModel):
-    """`model` with an adapter in it, to which adapters of other methods can be added: LoRA and LoHa, as far as built.
+    """`model` with an adapter in it, to which adapters of other methods can be added: LoRA, AdaLoRA, LoHa, LoKr, OFT,
+    SHiRA.
 
     `get_peft_model(..., mixed=True)` makes one, or `from_pretrained`. Active adapters are applied in the order in which
     they were loaded, whatever the order in which they were named. As in peft it has no task, so that heads are not

@@ -233,7 +233,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
             save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)
         ready = {}
         for name in names:  # all of them, before the first is written
-            config: Any = self.peft_config[name]
+            config: Any = self._tuner.config_for_file(name)
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if path_initial_model_for_weight_conversion is not None and is_main_process:
                 self._warn_of_requantised()

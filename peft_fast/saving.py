@@ -20,7 +20,7 @@ def write_adapter(
 
     Raises ValueError, before anything is written, for tensors that are shards of weights and not the weights.
     """
-    _check_whole(tensors)
+    _check_whole(config, tensors)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = ready_to_save(tensors)
     name = config.base_model_name_or_path or base_model_name(base)
@@ -77,8 +77,10 @@ def _auto_mapping(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
     return {"auto_mapping": {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}}
 
 
-def _check_whole(tensors: dict[str, Tensor]) -> None:
-    empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
+def _check_whole(config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    # They leave nothing of a shape, either; a matrix without columns is one that has none (OFT's, of blocks of 1).
+    gone = [key for key, tensor in tensors.items() if tensor.numel() == 0 and tensor.dim() < 2]
+    empty = [key for key in gone if not config.may_be_empty(key)]
     if empty:
         raise ValueError(
             f"{len(empty)} tensors of the adapter are empty, such as {empty[0]}: DeepSpeed ZeRO-3 or FSDP holds their "

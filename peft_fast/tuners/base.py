@@ -2,8 +2,9 @@
 
 A method is a config class, its layer classes, and a subclass of BaseTuner that says
 
-    prefix, target_module_mapping                   what its parameters are called, what it adapts unasked
-    adapt(target, path, adapter_name, config)       the layer that takes the place of `target`
+    prefix, target_module_mapping       what its parameters are called, what it adapts unasked
+    layer_classes                       {kind of layer of the base model: the class that takes its place}
+    layer_options(path, config)         what such a layer is made with, beside its config
 
 and gets from here: which modules are meant, putting layers in and taking them out, what is trainable, activation,
 merging, and the keys of its files. Everything that changes the structure of the model happens completely or not at all.
@@ -12,32 +13,39 @@ merging, and the keys of its files. Everything that changes the structure of the
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
 from .auxiliary import Auxiliary, bias_keys, check_biases
-from .base_weight import HALF_DTYPES
+from .base_weight import HALF_DTYPES, is_conv1d
+from .kinds import layer_class
 from .layer import AdapterHolder, BaseTunerLayer, holders_in
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
-from .merging import Merges
+from .merging import Merging
 from .modules_to_save import ModulesToSaveWrapper
 from .names import check_adapter_name
+from .options import set_fan_in_fan_out
 from .slow_patterns import check_patterns_end
 from .tied import plan_ties, warn_of_adapting
 
 
-class BaseTuner(Merges):
+class BaseTuner(Merging):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
     uses_shared_state = False  # whether its layers share weights that are not theirs alone (VeRA's projections)
     target_module_mapping: Mapping[str, list[str] | str]
+    # nn.Linear stands for k-bit linear layers too, and for transformers' Conv1D where `adapts_conv1d`.
+    layer_classes: ClassVar[Mapping[type[nn.Module], type[BaseTunerLayer]]] = {}
+    adapts_conv1d = False
+    is_mixed = False  # whether other methods' adapters may be in the model too (mixed.py)
+    minds_ties = True  # whether it warns of layers that share their weight with others
 
     def __init__(
         self,
@@ -79,7 +87,23 @@ class BaseTuner(Merges):
         self.active_adapters = [names] if isinstance(names, str) else list(names)
 
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
-        raise NotImplementedError  # the layer with the new adapter in it: one around `target`, or itself if it is ours
+        """The layer with the new adapter in it: one around `target`, or `target` itself if it is ours."""
+        options = self.layer_options(path, config)
+        if type(target) in self.layer_classes.values():
+            layer: Any = target
+            layer.update_layer(adapter_name, config=config, **options)
+            return layer
+        cls: Any = layer_class(self, target, path)
+        if hasattr(config, "fan_in_fan_out"):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            set_fan_in_fan_out(config, is_conv1d(base))
+        return cls(target, adapter_name, config=config, **options)
+
+    def before_layers(self, adapter_name: str, config: Any, paths: list[str]) -> None:
+        """Called before the layers at `paths` are adapted: for what they share."""
+
+    def layer_options(self, path: str, config: Any) -> dict[str, Any]:
+        return {}
 
     def find_parameters(self, config: Any, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []  # (path of the module, name) of parameters that are to be adapted though they are no layers'
@@ -131,6 +155,7 @@ class BaseTuner(Merges):
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
             self._tied_targets = ties.targets
+            self.before_layers(adapter_name, config, paths)
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in self.steps(paths, config):
                 target = self.model.get_submodule(path)
@@ -144,7 +169,7 @@ class BaseTuner(Merges):
             if autocast_adapter_dtype:
                 self._cast_to_float32(adapter_name)
             self._start_adapter(adapter_name, config, active, before, kept)
-        if not (ties.targets or ties.saved):
+        if self.minds_ties and not (ties.targets or ties.saved):
             warn_of_adapting(self.model, [*paths, *auxiliary.saved])
         config.target_modules, config.modules_to_save = ties.target_modules, ties.modules_to_save
         self.peft_config[adapter_name] = config
@@ -301,7 +326,7 @@ class BaseTuner(Merges):
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
@@ -313,6 +338,19 @@ class BaseTuner(Merges):
             for in_file, in_model in holder.adapter_state_keys(adapter_name).items()
         }
         return keys | {key: key for key in bias_keys(self, self.peft_config[adapter_name])}
+
+    def shared_keys(self, adapter_name: str, prefix: str) -> dict[str, str]:
+        """{key in the adapter's file: name in the PeftModel} of what its layers share. `prefix`: of self.model."""
+        return {}
+
+    def to_file(self, adapter_name: str, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return tensors  # as they go into the adapter's file; keys begin with `prefix`
+
+    def config_for_file(self, adapter_name: str) -> Any:
+        return self.peft_config[adapter_name]
+
+    def check_values(self, values: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for tensors of a file, by name in self.model, that have the right shapes and no sense."""
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         """(path, module) of everything that holds adapters."""

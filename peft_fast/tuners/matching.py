@@ -74,7 +74,7 @@ def find_targets(
     if excluded and not any(matches(excluded, path) for path in paths):
         warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
     met = [*found, *parameters]
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in getattr(config, "patterns", ("rank_pattern", "alpha_pattern")):
         keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in met)]
         if keys:
             warnings.warn(f"{option} keys {_shown(keys)} match no target", RuntimeWarning, stacklevel=2)

@@ -1,14 +1,15 @@
-"""How a tuner merges adapters into the base weights, and takes its layers out of the model."""
+"""Merging adapters into the base weights and taking them out again, for all layers of a model together: the part of
+BaseTuner that is about it."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .layer import BaseTunerLayer
+from .layer import AdapterHolder, BaseTunerLayer
 from .merge_16bit import merge_to_16bit
 from .modules_to_save import ModulesToSaveWrapper
 from .names import list_of_names
@@ -16,16 +17,21 @@ from .tied import note_untied, warn_of_merging
 from .trainable_tokens.wrapper import TrainableTokensWrapper
 
 
-class Merges(nn.Module):
-    """A part of BaseTuner."""
+class Merging(nn.Module):
+    """What it takes of BaseTuner, which inherits from it, is declared here."""
 
     model: Any
     active_adapters: list[str]
-    layers: Callable[..., Any]
-    holders: Callable[..., Any]
-    _check_known: Callable[..., None]
-    _replace: Callable[..., None]
-    _allow_repacking: Callable[[], None]
+    _check_known: Any
+    _replace: Any
+    _allow_repacking: Any
+    minds_ties: bool
+
+    def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
+        raise NotImplementedError
+
+    def layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        raise NotImplementedError
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
@@ -39,12 +45,14 @@ class Merges(nn.Module):
 
     def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
         self._check_known(list_of_names("adapter_names", adapter_names or []))
-        warn_of_merging(self.model)
+        if self.minds_ties:
+            warn_of_merging(self.model)
         plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
         for path, layer, names in plans:
             if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
                 raise ValueError(f"{path}: {problem}")
-        for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
+        # Inner layers first (a mixed model): a rotation around other adapters turns these too.
+        for _, layer, names in tqdm(reversed(plans), desc="merging", total=len(plans), disable=not progressbar):
             layer.add_to_base(names, undoable)
 
     def unmerge_adapter(self) -> None:

@@ -245,7 +245,7 @@ def test_arguments_of_base_models_are_taken_and_do_nothing(tmp_path):
         ("{", ValueError, "not valid JSON"),
         ("[1]", ValueError, "must hold a JSON object"),
         ("{}", ValueError, "no key 'peft_type'"),
-        ('{"peft_type": "IA3"}', NotImplementedError, "IA3 is not built"),
+        ('{"peft_type": "POLY"}', NotImplementedError, "POLY is not built"),
         ('{"peft_type": "NEW"}', ValueError, "unknown peft_type 'NEW'"),
         ('{"peft_type": ["LORA"]}', ValueError, "unknown peft_type"),
         ('{"peft_type": "LORA", "r": "8"}', ValueError, "r must be"),

@@ -268,5 +268,5 @@ class TestGetPeftConfig:
                 peft_fast.get_peft_config(options)
         with pytest.raises(ValueError, match="unknown peft_type 'LORE'"):
             peft_fast.get_peft_config({"peft_type": "LORE"})
-        with pytest.raises(NotImplementedError, match="IA3 is not built"):
-            peft_fast.get_peft_config({"peft_type": "IA3"})
+        with pytest.raises(NotImplementedError, match="POLY is not built"):
+            peft_fast.get_peft_config({"peft_type": "POLY"})

@@ -19,6 +19,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
+from peft_fast.tuners.low_rank import call_of
 from peft_fast.tuners.scaling import ScaledLayer
 
 from . import dora, initialisation, multi
@@ -335,15 +336,11 @@ class Linear(LoraLayer):
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return Choice("base_layer", "base", f"the adapters are {reason}")
-        (N, K), R, p, trained = weight.shape, 0, 0.0, False
+        R, p, trained = 0, 0.0, False
         if adapters:
             p = self.dropout_p(adapters[0])
             R, trained = self.r[adapters[0]], any(factor.weight.requires_grad for factor in self.factors(adapters[0]))
-        dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
-        call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
+        call = call_of(self.base_layer, weight, tokens, R, p, trained)
         if adapters:
             choice = ops.choose(call, self.backend)
             if with_magnitudes:

@@ -215,8 +215,11 @@ class PromptTuner:
         """By their keys in the adapter's file."""
         return self.owner.prompt_encoder[adapter_name].tensors_to_save()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        return state_dict
+    def config_for_file(self, adapter_name: str) -> Any:
+        return self.peft_config[adapter_name]
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
+        return self.owner.prompt_encoder[adapter_name].as_today(state_dict)
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         for path, module in self.model.named_modules():

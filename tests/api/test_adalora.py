@@ -37,7 +37,9 @@ def trained(library, model, tokens, steps=range(8)):
         optimizer.zero_grad()
         pattern = model.peft_config["default"].rank_pattern
         own = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-        states.append((loss.detach(), json.dumps(pattern, sort_keys=True), own))
+        allocator = model.base_model.rankallocator
+        importance = [dict(allocator.ipt), dict(allocator.exp_avg_ipt), dict(allocator.exp_avg_unc)]
+        states.append((loss.detach(), json.dumps(pattern, sort_keys=True), own, importance))
     return states
 
 
@@ -48,6 +50,7 @@ def test_training_is_pefts(llama, tokens):
         torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=0)
         assert mine[1] == other[1]
         torch.testing.assert_close(mine[2], other[2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine[3], other[3], rtol=1e-3, atol=1e-7)
     kept = [sum(mask) for mask in json.loads(ours[-1][1]).values()]
     assert sum(kept) == 2 * len(kept)
     assert len(set(kept)) > 1
@@ -214,3 +217,15 @@ def test_scales(llama, tokens):
     torch.testing.assert_close(layer.get_delta_weight("default"), 2 * before)
     layer.unscale_layer()
     torch.testing.assert_close(layer.get_delta_weight("default"), before)
+
+
+def test_ranks_that_are_no_files(llama, tmp_path, untouched):
+    """Before memory is taken for them, also where the file has a rank_pattern for other layers."""
+    model = small(peft_fast, llama())
+    model.peft_config["default"].rank_pattern = {"model.layers.0.self_attn.q_proj.lora_E.default": [True] * 4}
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_r": 10**9}))
+    base = llama()
+    with untouched(base, tmp_path), pytest.raises(ValueError, match="the config says rank 1000000000"):
+        peft_fast.PeftModel.from_pretrained(base, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import peft_fast
+from peft_fast.tuners.slow_patterns import _patterns
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from tuner_cases import BY_NAME, adapted, config, image, kinds, shaken
@@ -96,3 +97,9 @@ def test_sums_that_cannot_be(llama, untouched):
     ):
         with untouched(model), pytest.raises(ValueError, match=error):
             add(names, weights, "c")
+
+
+def test_expressions_are_tried_before_they_are_used():
+    """As target_modules are: a file's could take for ever."""
+    given = config(peft_fast, IA3, target_modules=["q_proj"], feedforward_modules="(a*)*b")
+    assert ("feedforward_modules", "(a*)*b") in _patterns(given)

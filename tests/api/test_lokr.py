@@ -40,6 +40,10 @@ def test_the_cheapest_way(llama):
     assert layer.sizes("default") == ((8, 8), (8, 16))
     assert layer.way("default", 100) == "second"
     assert "W2, then W1" in layer.route(100).because
+    model = adapted(peft_fast, llama(), LOKR, target_modules=["up_proj"], decompose_factor=4)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.sizes("default") == ((4, 32), (4, 16))
+    assert layer.way("default", 100) == "first"
     # of primes nothing is left to take apart, and for few tokens two products are fewer than the delta and its own
     prime = peft_fast.get_peft_model(
         torch.nn.Sequential(torch.nn.Linear(7, 5)), peft_fast.LoKrConfig(r=2, target_modules=["0"])

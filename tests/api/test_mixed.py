@@ -1,10 +1,11 @@
-"""Mixed models, beside peft's: methods on the same layers, in every order."""
+"""Mixed models, beside peft's: all methods that can share layers, in every order of two."""
 
 import itertools
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_fast
@@ -287,6 +288,16 @@ class TestRefusals:
     def test_merging_in_16_bits(self, llama):
         with pytest.raises(NotImplementedError, match=r"call merge_and_unload\(\)"):
             mixed(peft_fast, llama(), ("lora", "loha")).merge_to_16bit()
+
+    def test_places_that_are_not_in_the_weight(self, llama, tmp_path, untouched):
+        """SHiRA's file is looked at as it is without others."""
+        shaken(peft_fast.get_peft_model(llama(), KINDS["shira"](peft_fast))).save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        moved = {key: value + 1000 if "indices" in key else value for key, value in tensors.items()}
+        save_file(moved, tmp_path / "adapter_model.safetensors")
+        model = mixed(peft_fast, llama(), ("lora",))
+        with untouched(model), pytest.raises(ValueError, match="must be rows and columns of a weight"):
+            model.load_adapter(tmp_path, "b")
 
     def test_k_bit_layers(self, llama_4bit, untouched):
         model = llama_4bit()

@@ -75,10 +75,15 @@ def test_other_projections_than_the_seeds(llama, tokens, tmp_path):
     torch.testing.assert_close(both(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [(2, 6), (4, 4)], ids=str)
 @pytest.mark.parametrize("first", ["small", "large"])
-def test_adapters_of_other_ranks_and_layers(first, llama, tokens, tmp_path):
-    """In either order; peft refuses one order, and fails in the other's forward."""
-    options = {"small": {"r": 2, "target_modules": ["q_proj"]}, "large": {"r": 6, "target_modules": ["down_proj"]}}
+def test_adapters_of_other_ranks_and_layers(first, ranks, llama, tokens, tmp_path):
+    """In either order; peft refuses some, and fails in others' forward."""
+    small_r, large_r = ranks
+    options = {
+        "small": {"r": small_r, "target_modules": ["q_proj"]},
+        "large": {"r": large_r, "target_modules": ["down_proj"]},
+    }
     expected = {}
     for name, given in options.items():
         alone = small(peft, llama(), **given).eval()
@@ -180,3 +185,12 @@ def test_injected(llama, tokens, tmp_path):
     assert not result.unexpected_keys
     torch.testing.assert_close(model.eval()(tokens).logits, whole(tokens).logits)
     assert {key.removeprefix("base_model.model.") for key in tensors} == set(peft_fast.get_peft_model_state_dict(model))
+
+
+def test_after_the_last_adapter_was_deleted(llama):
+    model = small(peft_fast, llama())
+    model.delete_adapter("default")
+    assert not len(model.base_model.vera_A)
+    with pytest.warns(UserWarning, match="not saved"):
+        model.add_adapter("b", config(peft_fast, VERA, **VERA.llama, save_projection=False))
+    assert not any(name.startswith("base_model.vera_") for name in model.state_dict())

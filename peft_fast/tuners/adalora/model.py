@@ -150,7 +150,7 @@ class AdaLoraModel(BaseTuner):
     @classmethod
     def check_file(cls, config: AdaLoraConfig, tensors: Mapping[str, Any]) -> None:
         kept = [sum(mask) for mask in (config.rank_pattern or {}).values()]
-        check_rank_fits(kept or [config.init_r], tensors)
+        check_rank_fits([config.init_r, *kept], tensors)
 
 
 def _is_trained(config: Any) -> bool:

@@ -152,7 +152,7 @@ class ShiraLayer(ScaledLayer):
         reason = self._why_apart()
         if reason is None and not torch.is_autocast_enabled(self.weight.device.type):
             return Choice(
-                "linear", "merge", "torch multiplies by the sum of base weight and adapter, made anew at each call"
+                "linear", "sum", "torch multiplies by the sum of base weight and adapter, made anew at each call"
             )
         reason = reason or "autocast casts the sum, and little would be left of the adapter in it"
         return Choice("linear", "added", f"the base layer is called, {reason}; the adapter has a product of its own")

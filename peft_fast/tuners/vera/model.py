@@ -43,6 +43,8 @@ class VeraModel(BaseTuner):
             there = next((layer for _, layer in self.layers() if isinstance(layer, VeraLayer)), None)
             self.vera_A = there.vera_A if there else BufferDict(persistent=config.save_projection)
             self.vera_B = there.vera_B if there else BufferDict(persistent=config.save_projection)
+        if not self.peft_config:  # after the last adapter was deleted, too
+            self.vera_A.persistent = self.vera_B.persistent = config.save_projection
         K, N = self._largest(paths)
         with torch.device("cpu"):  # also where weights are made on the meta device: a file need not have these
             for name in self.vera_A:

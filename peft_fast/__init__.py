@@ -12,12 +12,8 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .checkpoint import (
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
+from .base_state import get_base_model_state_dict, set_base_model_state_dict
+from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .config import PeftConfig, PromptLearningConfig, get_peft_config
 from .dispatch import use_backend
 from .errors import NoMatchingPeftModuleError, PeftError

@@ -70,7 +70,7 @@ def get_peft_model_state_dict(
     tensors = _tensors(model) if state_dict is None else state_dict
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
-        raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
+        raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {some(absent)}")
     found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
     if isinstance(tuner, BaseTuner):
         found = tuner.to_file(adapter_name, found, prefix)
@@ -136,25 +136,25 @@ def plan_load(
     if keys and len(missing) == len(keys):
         raise ValueError(
             f"the file is no adapter for this model: none of its {len(state_dict)} tensors, such as "
-            f"{_some(unexpected)}, is one of the adapter's, such as {_some(list(keys))}"
+            f"{some(unexpected)}, is one of the adapter's, such as {some(list(keys))}"
         )
     own = _tensors(model)
     wrong = [name for name, value in found.items() if not _fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
-        shapes = "; ".join(f"{n}: {_described(found[n])} for {_described(own[n])}" for n in wrong[:3])
+        shapes = "; ".join(f"{n}: {described(found[n])} for {described(own[n])}" for n in wrong[:3])
         size, options = _sizes(tuner)
         raise ValueError(
             f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another {size}, or "
             f"on another base model? See {options} in its adapter_config.json"
         )
     if wrong:
-        warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
+        warnings.warn(f"not loaded, because of their sizes: {some(wrong)}", stacklevel=3)
     values = {name: _as_dtype(name, value, own[name].dtype) for name, value in found.items() if name not in wrong}
     if isinstance(tuner, BaseTuner):
         tuner.check_values(values)
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
-        raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
+        raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {some(empty)}")
     return LoadPlan(values, LoadResult(missing + [name for name in wrong if name in keys.values()], unexpected))
 
 
@@ -257,14 +257,14 @@ def _fits(value: Any, own: Tensor) -> bool:
     return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
     return f"{tuple(value.shape)} {value.dtype}{kind}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -340,72 +340,3 @@ def vocabulary_was_resized(tuner: AnyTuner, adapter_name: str) -> bool:
         )
         return False
     return values.get("vocab_size", now) != now
-
-
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """The base model's state dict under the names that it had before there were adapters: `model` is a PeftModel.
-
-    Values are those in use: of a merged layer with the adapters in them.
-    """
-    tuner = tuner_of(model)[0]
-    state = tuner.model.state_dict()
-    return {original: state[name] for original, name in _names_in_base(tuner, state).items()}
-
-
-def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-    """Load the base model's weights, under the names that it had before there were adapters, into a PeftModel.
-
-    Raises RuntimeError, as load_state_dict does, for sizes that do not fit and, where `strict`, for keys that are
-    missing or unexpected: before anything is written.
-    """
-    tuner = tuner_of(model)[0]
-    own = tuner.model.state_dict()
-    names = _names_in_base(tuner, own)
-    result = LoadResult([key for key in names if key not in state_dict], [k for k in state_dict if k not in names])
-    if strict and (result.missing_keys or result.unexpected_keys):
-        raise RuntimeError(
-            f"the state dict is not this base model's: it lacks {_some(result.missing_keys) or 'nothing'}, and has "
-            f"{_some(result.unexpected_keys) or 'nothing'} beside; strict=False loads what fits"
-        )
-    values = {names[key]: value for key, value in state_dict.items() if key in names}
-    wrong = [name for name, value in values.items() if isinstance(value, Tensor) and value.shape != own[name].shape]
-    if wrong:
-        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
-        raise RuntimeError(f"{len(wrong)} tensors of the state dict do not fit ({shapes}): it is another model's")
-    tuner.model.load_state_dict(values, strict=False)
-    return result
-
-
-def _names_in_base(tuner: AnyTuner, state: Mapping[str, Any]) -> dict[str, str]:
-    """{name in the base model: name in tuner.model} of what is no adapter's in `state`."""
-    adapters = tuple(f"{path}.{attribute}" for path, holder in tuner.holders() for attribute in _attributes(holder))
-    infixes = [
-        (f"{path}.{attribute}.", f"{path}.")
-        for path, module in tuner.model.named_modules()
-        if (attribute := _inside(module)) is not None
-    ]
-    names: dict[str, str] = {}
-    for name in state:
-        if name.startswith(adapters):
-            continue
-        original = name
-        for infix, plain in reversed(infixes):  # inner ones first: their paths have the outer ones' infixes in them
-            if original.startswith(infix):
-                original = plain + original.removeprefix(infix)
-        names[original] = name
-    return names
-
-
-def _inside(module: nn.Module) -> str | None:
-    """The attribute that has what was in the place of one of our modules."""
-    if isinstance(module, BaseTunerLayer):
-        return "base_layer"
-    if isinstance(module, ModulesToSaveWrapper):
-        return "original_module"
-    return "token_adapter" if isinstance(module, TrainableTokensWrapper) else None
-
-
-def _attributes(holder: Any) -> list[str]:
-    """The submodules of a holder that are adapters', as beginnings of keys."""
-    own = [name for name, _ in holder.named_children() if name not in ("base_layer", "original_module")]
-    return [f"{name}." for name in own]

@@ -37,7 +37,7 @@ def _patterns(config: Any) -> list[tuple[str, str]]:
     """(option, expression): strings are expressions, in lists only those of layers_pattern, and keys of *_pattern."""
     found: list[tuple[str, str]] = []
     names = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-    for option in (*names, "rank_pattern", "alpha_pattern"):
+    for option in (*names, "rank_pattern", "alpha_pattern", "n_frequency_pattern"):
         value = getattr(config, option, None)
         if isinstance(value, str):
             found.append((option, value))

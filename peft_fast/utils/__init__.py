@@ -1,12 +1,8 @@
 """peft's module paths: `from peft.utils.X import Y` becomes `from peft_fast.utils.X import Y`."""
 
 from peft_fast.adapter_file import load_peft_weights
-from peft_fast.checkpoint import (
-    get_base_model_state_dict,
-    get_peft_model_state_dict,
-    set_base_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft_fast.base_state import get_base_model_state_dict, set_base_model_state_dict
+from peft_fast.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from peft_fast.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from peft_fast.peft_types import PeftType, TaskType
 

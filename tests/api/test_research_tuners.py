@@ -153,6 +153,13 @@ class TestFourierFT:
         assert results[0] == results[1]
         assert {shape[0] for shape in results[0].values()} == {5, 7, 9}
 
+    def test_patterns_without_end(self, untouched, monkeypatch):
+        monkeypatch.setattr("peft_fast.tuners.slow_patterns.SECONDS", 0.5)
+        model = nn.ModuleDict({"a" * 40: nn.Linear(8, 8)})
+        config = peft_fast.FourierFTConfig(target_modules=["a" * 40], n_frequency=5, n_frequency_pattern={"(a|a)*b": 7})
+        with untouched(model), pytest.raises(ValueError, match="n_frequency_pattern must be a regular expression that"):
+            peft_fast.get_peft_model(model, config)
+
     @pytest.mark.parametrize("bits", [4, 8])
     def test_kbit_bases(self, bits):
         """Which peft takes for dense ones, and fails to merge."""

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from .adapter_file import PREFIX, is_plain
+from .adapter_file import PREFIX, described, fits
 from .inject import AnyTuner, tuner_of
 from .renamed import renamed_keys
 from .tuners.base import BaseTuner
@@ -135,9 +135,9 @@ def plan_load(
             f"{_some(unexpected)}, is one of the adapter's, such as {_some(list(keys))}"
         )
     own = _tensors(model)
-    wrong = [name for name, value in found.items() if not _fits(value, own[name])]
+    wrong = [name for name, value in found.items() if not fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
-        shapes = "; ".join(f"{n}: {_described(found[n])} for {_described(own[n])}" for n in wrong[:3])
+        shapes = "; ".join(f"{n}: {described(found[n])} for {described(own[n])}" for n in wrong[:3])
         size, options = _sizes(tuner)
         raise ValueError(
             f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another {size}, or "
@@ -247,19 +247,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _fits(value: Any, own: Tensor) -> bool:
-    if not is_plain(value) or value.shape != own.shape:
-        return False
-    return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
-    return f"{tuple(value.shape)} {value.dtype}{kind}"
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -366,7 +353,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     values = {names[key]: value for key, value in state_dict.items() if key in names}
     wrong = [name for name, value in values.items() if isinstance(value, Tensor) and value.shape != own[name].shape]
     if wrong:
-        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
+        shapes = "; ".join(f"{n}: {described(values[n])} for {described(own[n])}" for n in wrong[:3])
         raise RuntimeError(f"{len(wrong)} tensors of the state dict do not fit ({shapes}): it is another model's")
     tuner.model.load_state_dict(values, strict=False)
     return result

@@ -15,6 +15,7 @@ from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
 from error_rows_tuners import TUNERS
+from error_rows_tuners_more import MORE
 from error_tools import Row, Tools
 
 TABLE: dict[str, list[Row]] = {
@@ -30,7 +31,7 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
-    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": TUNERS,
+    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": [*TUNERS, *MORE],
     "Their life": LIFE,
     "Saving": SAVING,
     "Loading": LOADING,

@@ -156,3 +156,16 @@ def ready_to_save(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_plain(value: Any) -> bool:
     """Whether this is a tensor with values of its own in the usual layout: a .bin can hold others."""
     return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
+
+
+def fits(value: Any, own: Tensor) -> bool:
+    if not is_plain(value) or value.shape != own.shape:
+        return False
+    return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
+
+
+def described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
+    return f"{tuple(value.shape)} {value.dtype}{kind}"

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import described, some
+from .adapter_file import described
+from .checkpoint import some
 from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .tuners.layer import BaseTunerLayer

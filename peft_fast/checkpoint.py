@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from .adapter_file import PREFIX, is_plain
+from .adapter_file import PREFIX, described, fits
 from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
@@ -139,7 +139,7 @@ def plan_load(
             f"{some(unexpected)}, is one of the adapter's, such as {some(list(keys))}"
         )
     own = _tensors(model)
-    wrong = [name for name, value in found.items() if not _fits(value, own[name])]
+    wrong = [name for name, value in found.items() if not fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
         shapes = "; ".join(f"{n}: {described(found[n])} for {described(own[n])}" for n in wrong[:3])
         size, options = _sizes(tuner)
@@ -249,19 +249,6 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name. Not state_dict(), which has bitsandbytes rewrite its weights on some CPUs."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _fits(value: Any, own: Tensor) -> bool:
-    if not is_plain(value) or value.shape != own.shape:
-        return False
-    return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
-
-
-def described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
-    return f"{tuple(value.shape)} {value.dtype}{kind}"
 
 
 def some(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
 from error_rows_tuners import TUNERS
+from error_rows_tuners_more import MORE
 from error_rows_types_b import TYPES_B
 from error_tools import Row, Tools
 
@@ -38,7 +39,7 @@ TABLE: dict[str, list[Row]] = {
     "Names": NAMES,
     "Rotations and research methods": TYPES_B,
     "Prompts in the attention": PROMPTS_IN_ATTENTION,
-    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": TUNERS,
+    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": [*TUNERS, *MORE],
     "Their life": LIFE,
     "Batches of several adapters": BATCHES,
     "Saving": SAVING,

@@ -51,8 +51,10 @@ class Merging(nn.Module):
         for path, layer, names in plans:
             if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
                 raise ValueError(f"{path}: {problem}")
-        # Inner layers first (a mixed model): a rotation around other adapters turns these too.
-        for _, layer, names in tqdm(reversed(plans), desc="merging", total=len(plans), disable=not progressbar):
+        # Inner layers first (a mixed model): a rotation around other adapters turns these too. Others in their order,
+        # which decides where DoRA's layers share a weight.
+        plans.sort(key=lambda plan: -plan[0].count(".base_layer"))
+        for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
             layer.add_to_base(names, undoable)
 
     def unmerge_adapter(self) -> None:

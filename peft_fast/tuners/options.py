@@ -18,8 +18,12 @@ PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_
 
 @dataclass
 class TunerConfig(PeftConfig):
-    """Raises ValueError or TypeError for options that cannot be: when it is made, and again before it is used, as
-    attributes can be set."""
+    """Of the options that most methods have target_modules, exclude_modules, layers_to_transform, layers_pattern,
+    modules_to_save, fan_in_fan_out and bias are as in LoraConfig.
+
+    Raises ValueError or TypeError for options that cannot be: when it is made, and again before it is used, as
+    attributes can be set.
+    """
 
     sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "feedforward_modules")  # lists become such
     positive: ClassVar[tuple[str, ...]] = ()  # integers from 1 on

@@ -28,20 +28,29 @@ REEXPORTING = (
     "peft.utils.other",
 )  # fmt: skip
 NOT_ASKED_FOR = (None, "peft.import_utils", "import_utils")  # flags, and modules themselves
+NOT_BUILT = (
+    "adamss|beft|c3a|deft|delora|frod|glora|gralora|hira|lily|miss|osf|peanut|poly|psoft|pvera|road|shadow|supertuning|"
+    "tinylora|unilora|vblora|waveft|xlora"
+)
 # {why: regular expressions for whole names, "module.name"}.
 LACKING = {
     "methods that are not built: their folders, configs, models, targets by architecture": (
-        r"peft\.tuners\.(?!lora|loha|cpt|mixed|p_tuning|tuners_utils|lycoris_utils|_|trainable_tokens|\w*prompt_tuning|"
-        r"prefix_tuning)\w+\..*",
-        r".*\.(?!CPT|LoHa|Lora|Mixed|Prefix|Prompt|Multitask|Peft|LoftQ|Auto|Corda|Lycoris|Base)\w+(Config|Model|Encoder)",
-        r".*\.TRANSFORMERS_MODELS_TO_(?!LORA_|LOHA_)\w+_MAPPING",
-        r".*\.(initialize_kv_prefix_from_\w+|compose_cartridge_adapters|prompt_embeddings_from_past_key_values)",
+        rf"peft\.tuners\.({NOT_BUILT})\..*",
+        rf"(?i:.*\.({NOT_BUILT})\w*(Config|Model|Variant|Callback))",
+        rf".*\.TRANSFORMERS_MODELS_TO_(?i:{NOT_BUILT})_\w*MAPPING",
+        r".*\.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",  # empty in peft
+    ),
+    "how peft's layers of other methods are taken apart": (
+        r"peft\.tuners\.(adalora|ia3|randlora)\.(bnb|gptq)\..*|peft\.tuners\.adalora\.(SVDQuantLinear|layer\.RankAllocator)",
+        r"peft\.tuners\.adaption_prompt\.(config\.(?!Adaption)|utils\.).*",
+        r".*\.(MultiplicativeDropoutLayer|get_fbd_cuda|patch_environment|FastBlockDiag|make_kron|UniqueBaseGrad)",
     ),
     "options of LoRA that are not built (EVA, aLoRA, arrow, VeLoRA, MonteCLoRA, ..., conversion of other methods)": (
         r"peft\.tuners\.lora\.(arrow|eva|intruders|monteclora|variants|velora)\..*",
         r".*\.(create_arrow_model|convert_to_lora|save_as_lora|get_eva_state_dict|initialize_lora_eva_weights)",
         r"peft\.utils\.incremental_pca\..*",
         r".*\.(Montecl\w+|get_alora_offsets_for_\w+)",
+        r".*\.(Arrow|BdLora|Eva|Kasa|Velora)Config",
         r".*\.LoraVariant|.*\.VARIANT_KWARG_KEYS|.*\.LoraEmbeddingATPHolder",
     ),
     "optimisers that are not built": (r"peft\.optimizers\..*(lorafa|riemannian|LoraFA|Riemannian).*",),

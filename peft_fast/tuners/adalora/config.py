@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.lora.config import LoraConfig
 from peft_fast.tuners.options import is_integer
@@ -13,6 +14,7 @@ from peft_fast.tuners.options import is_integer
 IDLE = ("use_rslora", "lora_bias", "alpha_pattern", "layer_replication", "runtime_config")
 
 
+@with_help
 @dataclass
 class AdaLoraConfig(LoraConfig):
     """delta = lora_alpha / init_r * B diag(E) A, where E's least important values are set to 0 while training (arXiv

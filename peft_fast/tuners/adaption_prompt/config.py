@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from peft_fast.config import PeftConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 
 
+@with_help
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
     """Learned tokens that the attention of the last layers looks at, through a gate that is shut at first

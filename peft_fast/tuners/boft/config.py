@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig
 
 
+@with_help
 @dataclass
 class BOFTConfig(TunerConfig):
     """Orthogonal finetuning by butterfly factors: the input of a layer is turned by block-diagonal rotations, with
@@ -19,7 +21,7 @@ class BOFTConfig(TunerConfig):
       that peft has written without its extension load: what they lack turns nothing.
     boft_dropout: share of the blocks of a factor drawn at random that turn nothing in training.
     init_weights: False draws rotations and scales, so that the adapter changes the model from the start.
-    bias: "none", "all", "boft_only". The others as in LoraConfig.
+    bias: "none", "all", "boft_only".
     Raises ValueError or TypeError for options that cannot be.
     """
 

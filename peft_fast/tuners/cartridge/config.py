@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from peft_fast.config import PromptLearningConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 
 
+@with_help
 @dataclass
 class CartridgeConfig(PromptLearningConfig):
     """Keys and values before those of every attention layer, trained as they are (Cartridges, arXiv 2506.06266).

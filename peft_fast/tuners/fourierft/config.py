@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.method import SeededConfig, refuse_layers_with_expression
 from peft_fast.tuners.options import compiled, is_integer, patterns_of
 
 
+@with_help
 @dataclass
 class FourierFTConfig(SeededConfig):
     """delta = scaling * the real part of the inverse Fourier transform of a matrix that has n_frequency learned entries
@@ -15,7 +17,7 @@ class FourierFTConfig(SeededConfig):
 
     random_loc_seed: says which entries these are. n_frequency_pattern: {regular expression for the end of a path:
       another n_frequency there}. init_weights: True for a start as the base model; False draws the entries.
-    bias: "none", "all", "fourierft_only". The others as in LoraConfig.
+    bias: "none", "all", "fourierft_only".
     Raises ValueError or TypeError for options that cannot be.
     """
 

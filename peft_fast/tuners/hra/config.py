@@ -4,11 +4,13 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.method import refuse_layers_with_expression
 from peft_fast.tuners.options import TunerConfig
 
 
+@with_help
 @dataclass
 class HRAConfig(TunerConfig):
     """Householder reflection adaptation: the weight times r learned reflections, W (I - 2 u1 u1^T) ... (I - 2 ur ur^T),
@@ -17,7 +19,7 @@ class HRAConfig(TunerConfig):
     r: how many; an even number starts as the base model, with pairs of equal vectors, an odd one does not.
     apply_GS: make the vectors orthogonal to each other first.
     init_weights: False draws all of them, so that the adapter changes the model from the start.
-    bias: "none", "all", "hra_only". The others as in LoraConfig.
+    bias: "none", "all", "hra_only".
     Raises ValueError or TypeError for options that cannot be.
     """
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig
 
 
+@with_help
 @dataclass
 class IA3Config(TunerConfig):
     """Each adapted layer's output is multiplied by a learned vector (arXiv 2205.05638).

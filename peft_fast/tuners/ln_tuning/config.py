@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig
 
 
+@with_help
 @dataclass
 class LNTuningConfig(TunerConfig):
     """Norms, or whatever target_modules name, are trained as copies beside the base model's (arXiv 2312.11420).

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.lycoris import LycorisConfig
 from peft_fast.tuners.options import is_integer
 
 
+@with_help
 @dataclass
 class LoKrConfig(LycorisConfig):
     """Low-rank Kronecker product, delta = alpha / r * W1 (x) W2, W2 = W2a W2b (LyCORIS, arXiv 2309.14859).

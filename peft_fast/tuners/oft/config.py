@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from packaging.version import InvalidVersion, Version
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig
 
 
+@with_help
 @dataclass
 class OFTConfig(TunerConfig):
     """Orthogonal finetuning: the input of a layer is rotated, block by block, before the layer multiplies by it (OFT,
@@ -24,7 +26,7 @@ class OFTConfig(TunerConfig):
     block_share: one block for all.
     module_dropout: peft 0.21.2 has it and applies it nowhere, and so it is here, with a warning.
     init_weights: False draws Q, so that the adapter changes the model from the start.
-    bias: "none", "all", "oft_only". The others as in LoraConfig.
+    bias: "none", "all", "oft_only".
     Raises ValueError or TypeError for options that cannot be.
     """
 

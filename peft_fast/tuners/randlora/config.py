@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.method import SeededConfig
 
 
+@with_help
 @dataclass
 class RandLoraConfig(SeededConfig):
     """delta = alpha / r * sum over j of B_j diag(lambda_j) A diag(gamma_j): A and the B_j are random, the same for all
@@ -14,14 +16,13 @@ class RandLoraConfig(SeededConfig):
 
     r: of each basis; the smaller it is, the more there are, and the more is trained.
     sparse, very_sparse: bases of -1, 0 and 1, of which 2/3 are 0, or all but 2 / sqrt(the smaller size).
-    projection_prng_key, save_projection: the bases' seed, and whether files have them. The others as in LoraConfig.
+    projection_prng_key, save_projection: the bases' seed, and whether files have them.
+    randlora_alpha, randlora_dropout, init_weights: as lora_alpha, lora_dropout, init_lora_weights in LoRA.
     """
 
     tied_to_weights = ("peft_type", "r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse")
     seed_option = "projection_prng_key"
-    positive = ("r",)
-    numbers = ("randlora_alpha",)
-    probabilities = ("randlora_dropout",)
+    positive, numbers, probabilities = ("r",), ("randlora_alpha",), ("randlora_dropout",)
     switches = ("save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights")
     choices: ClassVar = {"bias": ("none", "all", "randlora_only")}
 

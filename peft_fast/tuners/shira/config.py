@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig, is_integer
 
 from .masks import random_mask
 
 
+@with_help
 @dataclass
 class ShiraConfig(TunerConfig):
     """r * (N + K) entries of each adapted weight [N, K] are trained, as many as LoRA of rank r has (arXiv 2406.13175).

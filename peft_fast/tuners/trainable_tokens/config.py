@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig, is_integer
 
 
+@with_help
 @dataclass
 class TrainableTokensConfig(TunerConfig):
     """The rows of some tokens are trained, in place of those in the embedding.

@@ -3,10 +3,12 @@
 import warnings
 from dataclasses import dataclass
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import TunerConfig, is_integer
 
 
+@with_help
 @dataclass
 class VeraConfig(TunerConfig):
     """delta = diag(b) B diag(d) A: B and A are random, the same for all layers and not trained, b [out] and d [r] are

@@ -23,6 +23,7 @@ from .explain import explain
 from .inject import inject_adapter_in_model
 from .integrations.accelerate import accelerate, restore
 from .integrations.stand_in import install_as_peft, install_if_asked
+from .jobs import Job, JobResult, JobTrainer
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -77,6 +78,9 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "CPTConfig",
     "CPTEmbedding",
+    "Job",
+    "JobResult",
+    "JobTrainer",
     "LoHaConfig",
     "LoHaModel",
     "LoftQConfig",

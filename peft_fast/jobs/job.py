@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from peft_fast.config import PeftConfig
 from peft_fast.tuners.lora.config import LoraConfig
 from peft_fast.tuners.lora.initialisation import changes_base
 from peft_fast.tuners.mixed_batch import BASE
@@ -67,8 +66,8 @@ class Job:
         if self.name == BASE:
             raise ValueError(f"a job cannot be called {BASE!r}: that means no adapter. Choose another name")
         if not isinstance(self.config, LoraConfig):
-            kind = self.config.peft_type if isinstance(self.config, PeftConfig) else type(self.config).__name__
-            raise TypeError(f"only LoRA adapters can be trained in shared batches: give a LoraConfig, got {kind}")
+            kind = type(self.config).__name__
+            raise TypeError(f"only LoRA adapters can be trained in shared batches: give a LoraConfig, got a {kind}")
         self._check_base_untouched()
         self._check_numbers()
         data = self.data

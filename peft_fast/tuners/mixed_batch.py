@@ -130,6 +130,15 @@ class MixedBatch:
         """int32 [adapters, 2]: what this layer's masks of this forward are functions of."""
         return None if self._keys is None or layer not in self._layer_of else self._keys[self._layer_of[layer]]
 
+    def of_one(self, number: int, samples: int, layer: nn.Module) -> "MixedBatch | None":
+        """A batch of this adapter's samples alone, for a layer that goes through adapters one by one: in training what
+        one draws may not depend on who else is in the batch. None where nothing is drawn, or it is the only one."""
+        keys = self.keys(layer)
+        if keys is None or number < 0 or len(self.adapters) == 1:
+            return None
+        own = keys[number][None, None].clone()  # where Triton wants it: a table's rows lie 8 bytes apart
+        return MixedBatch([self.adapters[number]] * samples, keys=own, layer_of={layer: 0})
+
     def _times(self, x: Tensor) -> int:
         samples = self.samples
         if x.dim() and len(x) == samples:
@@ -206,30 +215,30 @@ def one_by_one(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     numbers = torch.tensor(batch.of_rows(x), device=x.device)
     flat = x.flatten(0, 1) if batch.by_token else x
     active, parts, places = layer._active_adapter, [], []
-    with assigned([layer], None):
-        try:
-            for number, names in enumerate([[], *([name] for name in batch.adapters)], start=-1):
-                rows = torch.nonzero(numbers == number)[:, 0]
-                if rows.numel() or not (numbers.numel() or names):  # an empty batch is run once
-                    layer._active_adapter = names
-                    with _own_randomness(layer, batch, number, x.device):
-                        parts.append(layer.forward(flat[rows], *args, **kwargs))
-                    places.append(rows)
-        finally:
-            layer._active_adapter = active
+    try:
+        for number, names in enumerate([[], *([name] for name in batch.adapters)], start=-1):
+            rows = torch.nonzero(numbers == number)[:, 0]
+            if rows.numel() or not (numbers.numel() or names):  # an empty batch is run once
+                layer._active_adapter = names
+                own = batch.of_one(number, len(rows), layer)
+                with assigned([layer], own), _own_randomness(layer, batch, number, x.device):
+                    parts.append(layer.forward(flat[rows], *args, **kwargs))
+                places.append(rows)
+    finally:
+        layer._active_adapter = active
     y = torch.cat(parts)[torch.argsort(torch.cat(places))]
     return y.unflatten(0, x.shape[:2]) if batch.by_token else y
 
 
 @contextmanager
 def _own_randomness(layer: Any, batch: MixedBatch, number: int, device: torch.device) -> Iterator[None]:
-    """Within, what the layer draws for this adapter's dropout depends on the adapter's key alone, not on who else is in
-    the batch. Only where mixed training gives keys: it costs a GPU waiting for them."""
-    keys = batch.keys(layer) if number >= 0 and hasattr(layer, "dropout_p") else None
-    if keys is None or not (layer.has_adapter(batch.adapters[number]) and layer.dropout_p(batch.adapters[number])):
+    """Within, dropout that the layer draws from torch's generator is a function of this adapter's key. Only for a batch
+    of one adapter, in mixed training: a GPU is waited for."""
+    keys = batch.keys(layer) if number == 0 and len(batch.adapters) == 1 and hasattr(layer, "dropout_p") else None
+    if keys is None or not (layer.has_adapter(batch.adapters[0]) and layer.dropout_p(batch.adapters[0])):
         yield
         return
-    high, low = keys[number].tolist()
+    high, low = keys[0].tolist()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((high << 32) ^ (low & 0xFFFFFFFF))
         yield

@@ -34,9 +34,9 @@ def rows(name: str, count: int = 13, own_vocabulary: int = VOCABULARY) -> list[d
 def job(name: str, folder: Path | None = None, **options: Any) -> Job:
     own = {key: value for key, value in OPTIONS[name].items() if key not in ("lr", "lengths")}
     config = LoraConfig(task_type="CAUSAL_LM", **own)
-    defaults = {"data": rows(name), "batch_size": 2 + ord(name) % 3, "learning_rate": OPTIONS[name]["lr"], "max_steps": 5}
+    defaults = {"data": rows(name), "batch_size": 2 + ord(name) % 3, "learning_rate": OPTIONS[name]["lr"]}
     return Job(
-        name, config, output_dir=folder and folder / name, seed=ord(name), **{**defaults, **options}
+        name, config, output_dir=folder and folder / name, seed=ord(name), **{**defaults, "max_steps": 5, **options}
     )  # fmt: skip
 
 

@@ -33,16 +33,20 @@ class JobTrainer:
     checkpointing must be switched on before.
     autocast: torch.bfloat16 for forwards under autocast. None: as the model is, or as a torch.autocast around the calls
     says.
+    max_tokens: of a forward, padding included. Jobs that have no room in it go through the model after the others, in
+    the same step, when what those kept for their backward is free. A job's own batch is never divided. It changes time
+    and memory, and no result. None: all jobs together.
     progress: show a bar for each job. keep_adapters: leave the adapters of jobs that ended in the model; else only
     those stay that have no output_dir.
 
     A job that fails (its data raise, its loss or its gradients are not finite, its optimiser raises, ...) ends with
     that as its reason, and with the weights of its last good step; the others go on, as they would have without it.
     Where the model itself raises, the jobs whose batch it does not take alone are those that fail. An error that none
-    of them gives alone, such as memory for their sum, is raised, with no job's step done.
+    of them gives alone, such as memory for their sum, is raised: those that shared the forward have made no step, and
+    go on with their next batches.
 
-    Padding goes to the longest sample of a step, so jobs of like lengths share best. A base model with dropout of its
-    own draws that from torch's generator, for all jobs together: such a job's masks depend on the others.
+    Padding goes to the longest sample of a forward, so jobs of like lengths share best. A base model with dropout of
+    its own draws that from torch's generator, for all jobs together: such a job's masks depend on the others.
     Not to be called from several threads. Raises ValueError for models of other kinds and dtypes.
     """
 
@@ -51,17 +55,20 @@ class JobTrainer:
         model: nn.Module,
         *,
         autocast: torch.dtype | None = None,
+        max_tokens: int | None = None,
         progress: bool = True,
         keep_adapters: bool = False,
     ) -> None:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}: float16 needs a loss scaler")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise ValueError(f"max_tokens must be a positive integer or None, got {max_tokens!r}")
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         _check_kind(base)
         if isinstance(model, PeftModel) and model._mixed_training is not None:
             raise ValueError("the model trains mixed batches already: call disable_mixed_batch_training first")
         self.model: Any = model
-        self.autocast, self.keep_adapters = autocast, keep_adapters
+        self.autocast, self.max_tokens, self.keep_adapters = autocast, max_tokens, keep_adapters
         self.results: dict[str, JobResult] = {}
         self.shared_steps = 0
         self._running: dict[str, Running] = {}
@@ -138,14 +145,33 @@ class JobTrainer:
 
     def step(self) -> dict[str, float]:
         """One forward and backward of the next batch of every job; the losses, in nats per token, by job."""
-        taken, logits, batch = self._forward(self._next_batches())
+        losses: dict[str, float] = {}
+        for group in self._groups(self._next_batches()):
+            losses |= self._step_of(group)
+        self.shared_steps += 1
+        return losses
+
+    def _groups(self, taken: Batch) -> list[Batch]:
+        """Those that go through the model together: all, or as many of like length as `max_tokens` has room for."""
+        if self.max_tokens is None or len(taken) < 2:
+            return [taken] if taken else []
+        groups: list[Batch] = []
+        for one in sorted(taken, key=_longest, reverse=True):
+            both = [*groups[-1], one] if groups else []
+            if both and sum(len(samples) for _, samples in both) * _longest(both[0]) <= self.max_tokens:
+                groups[-1] = both
+            else:
+                groups.append([one])
+        return groups
+
+    def _step_of(self, group: Batch) -> dict[str, float]:
+        taken, logits, batch = self._forward(group)
         if logits is None or batch is None:
             return {}
         found = shared.backward(logits, batch, [running.factor for running, _ in taken])
         del logits
         norms = [_norm(running).to(found.device) if running.is_due else found.new_zeros(()) for running, _ in taken]
         losses, sizes = torch.stack([found, torch.stack(norms).to(found.dtype)]).tolist()  # the one wait for the device
-        self.shared_steps += 1
         for i, (running, _) in enumerate(taken):
             with self._failing_alone(running):
                 self._advance(running, losses[i], batch.labels[i], norms[i], sizes[i])
@@ -355,6 +381,10 @@ class JobTrainer:
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
         return self.model
+
+
+def _longest(one: tuple[Running, list[Sample]]) -> int:
+    return max(len(sample.ids) for sample in one[1])
 
 
 def _norm(running: Running) -> Tensor:

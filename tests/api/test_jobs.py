@@ -138,6 +138,27 @@ def test_accumulation_counts_forwards_alike_and_makes_a_step_of_what_is_left(lla
     assert_same(weights(trainer, "a"), theirs, atol=2e-5)
 
 
+def test_room_for_fewer_tokens_changes_no_result(llama, monkeypatch):
+    """Jobs of like lengths share a forward, as many as there is room for; one that is too long has its own."""
+    sizes, real = [], shared.forward
+
+    def noted(model, batch, autocast):
+        sizes.append((batch.adapters.adapters, batch.ids.numel()))
+        return real(model, batch, autocast)
+
+    whole = trained(llama(), *(job(name) for name in "abcd"))
+    monkeypatch.setattr(shared, "forward", noted)
+    divided = trained(llama(), *(job(name) for name in "abcd"), max_tokens=90)
+    assert {len(names) for names, _ in sizes} >= {1, 2}
+    assert all(size <= 90 for names, size in sizes if len(names) > 1)
+    assert divided.shared_steps == whole.shared_steps == 5
+    for name in "abcd":
+        assert values(divided.results[name]) == pytest.approx(values(whole.results[name]), rel=2e-6)
+        assert_same(weights(divided, name), weights(whole, name), rtol=0.0, atol=1e-6)
+    with pytest.raises(ValueError, match="max_tokens must be a positive integer or None, got 0"):
+        JobTrainer(llama(), max_tokens=0)
+
+
 def test_the_loss_is_transformers_own(llama):
     """The logits' gradient too; and a job whose loss is not finite leaves the others' alone."""
     model = llama()

@@ -41,6 +41,17 @@ class SharedBatch(NamedTuple):
         return [len(part.targets) for part in self.parts]
 
 
+def check_model(base: Any) -> None:
+    """Raise ValueError for a model whose own loss is not the one that is taken here."""
+    from transformers import PreTrainedModel  # takes seconds to import
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+        raise ValueError(f"jobs train causal language models of transformers, got a {type(base).__name__}")
+    if base.get_output_embeddings() is None or base.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"jobs train models with a causal language model's head and loss, got {type(base).__name__}")
+
+
 def join(batches: Sequence[tuple[str, Sequence[Sample]]], padding: int) -> SharedBatch:
     """The samples of (adapter, samples) below each other, padded on the right to the longest; `padding`: any id."""
     samples = [sample for _, own in batches for sample in own]

@@ -64,7 +64,7 @@ class JobTrainer:
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise ValueError(f"max_tokens must be a positive integer or None, got {max_tokens!r}")
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        _check_kind(base)
+        shared.check_model(base)
         if isinstance(model, PeftModel) and model._mixed_training is not None:
             raise ValueError("the model trains mixed batches already: call disable_mixed_batch_training first")
         self.model: Any = model
@@ -389,14 +389,3 @@ def _longest(one: tuple[Running, list[Sample]]) -> int:
 
 def _norm(running: Running) -> Tensor:
     return torch.nn.utils.get_total_norm(running.gradients())
-
-
-def _check_kind(base: Any) -> None:
-    """The losses here are those of causal language models."""
-    from transformers import PreTrainedModel  # takes seconds to import
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
-        raise ValueError(f"jobs train causal language models of transformers, got a {type(base).__name__}")
-    if base.get_output_embeddings() is None or base.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"jobs train models with a causal language model's head and loss, got {type(base).__name__}")

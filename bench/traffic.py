@@ -91,10 +91,13 @@ KERNELS = {
     "glu_fwd_kernel": ("g u", "h"),
     "lora_down_bwd_kernel": ("ds x?NEEDS_DA a?NEEDS_DX dx?NEEDS_DX key?DROPOUT", "dx?NEEDS_DX da?NEEDS_DA"),
     "lora_down_fwd_kernel": ("x a key?DROPOUT", "s"),
+    "lora_down_multi_kernel": ("x order blocks table keys?DROPOUT", "s"),
     "lora_embedding_add_kernel": ("y ids a b", "y"),
+    "lora_gram_multi_kernel": ("u v order starts table keys?DROPOUT", "out"),
     "lora_up_add_fwd_kernel": ("y s b bias", "y"),
     "lora_up_bwd_kernel": ("dy s?NEEDS_DB b?NEEDS_DS", "ds?NEEDS_DS db?NEEDS_DB"),
     "lora_up_glu_kernel": ("g u s bg bu", "h g?KEEP u?KEEP"),
+    "lora_up_multi_kernel": ("y s order blocks table keys?DROPOUT", "y"),
     "quant_gemv_kernel": (WEIGHT + " x s b bias", "y"),
     "quant_matmul_dx_kernel": (WEIGHT + " dy ds a key?DROPOUT", "dx"),
     "quant_matmul_kernel": (WEIGHT + " x s b bias", "y"),
@@ -104,6 +107,9 @@ KERNELS = {
     "sum_both_kernel": ("rows_partial partial start", "rows out"),
     "sum_partials_kernel": ("partial start", "out"),
 }
+# Of these too much or too little is counted: all of x, though rows of no adapter are not read, and not what lies behind
+# the addresses of a table, the adapters themselves. Counts of launches do not mind.
+BY_TABLE = {"lora_down_multi_kernel", "lora_gram_multi_kernel", "lora_up_multi_kernel"}
 
 
 def of_kernel(name: str, given: Mapping[str, Extent], constants: Mapping[str, Any]) -> int:

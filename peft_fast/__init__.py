@@ -35,6 +35,7 @@ from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
 from .quantized_linear import QuantizedLinear, quantize_linear_layers
+from .serving import AdapterStore
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tasks import (
     PeftModelForCausalLM,
@@ -69,6 +70,7 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AdapterStore",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

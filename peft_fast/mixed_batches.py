@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .peft_types import PeftType
 from .tuners.layer import BaseTunerLayer
-from .tuners.mixed_batch import MixedBatch, TokenAdapters, adapters_of, within
+from .tuners.mixed_batch import MixedBatch, TokenAdapters, adapters_of, repeats_of, within
 
 
 class MixedBatchTraining:
@@ -63,7 +64,6 @@ class MixedBatches:
 
     base_model: Any
     peft_type: Any
-    peft_config: dict[str, Any]
     training: bool
     _mixed_training: MixedBatchTraining | None = None
 
@@ -77,8 +77,8 @@ class MixedBatches:
         over its own samples and add these up. `seeds`: of each adapter's dropout; by default made from torch's seed and
         the adapter's name. Raises ValueError for adapters that do not exist or are no LoRA.
         """
-        names = list(self.peft_config) if adapter_names is None else list(adapter_names)
-        holders = dict(self.base_model.holders()) if self.peft_type == "LORA" else {}
+        holders = self._holders()
+        names = list(self.base_model.peft_config) if adapter_names is None else list(adapter_names)
         self._check_mixed(names, holders)
         seeds = dict(seeds or {})
         unknown = [name for name in [*seeds] if name not in names]
@@ -92,8 +92,8 @@ class MixedBatches:
         """Train the active adapters only, and refuse adapter_names in training mode, as peft does."""
         self._mixed_training = None
         active = self.base_model.active_adapters
-        for name in self.peft_config:
-            self.base_model.set_requires_grad([name], name in active and not self.peft_config[name].inference_mode)
+        for name, config in self.base_model.peft_config.items():
+            self.base_model.set_requires_grad([name], name in active and not config.inference_mode)
 
     @contextmanager
     def _mixed_batch(self, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -106,9 +106,10 @@ class MixedBatches:
             return
         if isinstance(names, str) or not isinstance(names, Sequence | TokenAdapters):
             raise TypeError(f"adapter_names must be a list with a name for each sample, got {names!r}")
-        holders = dict(self.base_model.holders()) if self.peft_type == "LORA" else {}
+        holders = self._holders()
         self._check_mixed(adapters_of(names), holders)
-        with within(self.base_model, list(holders.values()), self._new_batch(names, holders, _repeats(self, kwargs))):
+        repeats = repeats_of(kwargs, getattr(self.base_model.model, "generation_config", None))
+        with within(self.base_model, list(holders.values()), self._new_batch(names, holders, repeats)):
             yield
 
     def _new_batch(self, names: Any, holders: Mapping[str, Any], repeats: int) -> MixedBatch:
@@ -132,14 +133,17 @@ class MixedBatches:
         keys = training.keys(adapters, list(tuned), device)
         return MixedBatch(names, repeats, keys, {layer: i for i, layer in enumerate(tuned.values())})
 
+    def _holders(self) -> dict[str, Any]:
+        """Everything that has adapters, by its path."""
+        if self.peft_type != "LORA":
+            raise ValueError(f"only LoRA adapters can be mixed in one batch, got {PeftType(self.peft_type).value}")
+        return dict(self.base_model.holders())
+
     def _check_mixed(self, adapters: Sequence[str], holders: Mapping[str, Any]) -> None:
         """Raise ValueError or TypeError where these adapters cannot be in one batch."""
-        kinds = {config.peft_type for config in self.peft_config.values()}
-        if kinds != {"LORA"}:
-            raise ValueError(f"only LoRA adapters can be mixed in one batch, got {', '.join(sorted(map(str, kinds)))}")
-        unknown = sorted(name for name in adapters if name not in self.peft_config)
+        unknown = sorted(name for name in adapters if name not in self.base_model.peft_config)
         if unknown:
-            known = ", ".join(map(repr, [*self.peft_config, "__base__"]))
+            known = ", ".join(map(repr, [*self.base_model.peft_config, "__base__"]))
             raise ValueError(f"adapter_names has adapters that do not exist: {', '.join(unknown)}; there are {known}")
         for path, layer in holders.items():
             if not isinstance(layer, BaseTunerLayer):
@@ -151,16 +155,3 @@ class MixedBatches:
                 )
             if layer.why_not_mixed is not None and any(layer.has_adapter(name) for name in adapters):
                 raise TypeError(f"{path} cannot have a batch of several adapters: {layer.why_not_mixed}")
-
-
-def _repeats(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """How often `generate` repeats each sample."""
-    configs = (kwargs.get("generation_config"), getattr(model.get_base_model(), "generation_config", None))
-
-    def setting(name: str) -> int:
-        for found in (kwargs.get(name), *(getattr(config, name, None) for config in configs)):
-            if isinstance(found, int):
-                return found
-        return 1
-
-    return max(setting("num_beams"), setting("num_return_sequences"))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.counts import measure
 from peft_fast import ops
 from peft_fast.kernels import segments
 
@@ -256,3 +257,33 @@ def test_adapters_of_several_dtypes_go_by_torch(device):
     with pytest.raises(TritonUnsupported, match="several dtypes"):
         case.run("triton")
     check_against_fp64(case, "torch")
+
+
+@pytest.mark.parametrize(
+    ("rows", "p"),
+    [(1, 0.1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0.0), (32, 0.0), (32, 0.1)))],
+)
+def test_launches_do_not_grow_with_the_number_of_adapters(rows, p):
+    """At most 3 in the forward and 6 in the backward beside the base layer's product, with 512 adapters as with one:
+    one less each with many, where K need not be split among programs."""
+    counts = {T: _launches(T, rows, p) for T in (0, 1, 8, 64, 512)}
+    beside = {T: tuple(own - base for own, base in zip(counts[T], counts[0])) for T in (1, 8, 64, 512)}
+    assert beside == {1: (3, 5), 8: (3, 5), 64: (3, 5), 512: (2, 4)}
+
+
+def _launches(T: int, rows: int, p: float) -> tuple[int, int]:
+    case = make_case(scattered(dict.fromkeys(range(T), rows) or {-1: rows}), [16] * T, K=1024, N=256, p=(p,))
+    x, *leaves = case.leaves()
+    adapters = ops.Adapters(leaves[:T], leaves[T : 2 * T], case.scales, case.p)
+
+    def forward() -> torch.Tensor:
+        keys = case.keys if p else None
+        return ops.lora_linear_multi(x, case.weight, adapters, case.segments, case.bias, dropout_keys=keys)
+
+    def backward(y: torch.Tensor) -> object:
+        return torch.autograd.grad(y, [x, *leaves[: 2 * T]], case.d_y)
+
+    measure(lambda: backward(forward()), triton=True)  # tables of addresses and rows are copied to the device once
+    y, of_forward = measure(forward, triton=True)
+    _, of_backward = measure(lambda: backward(y), triton=True)
+    return of_forward.ops.total(), of_backward.ops.total()

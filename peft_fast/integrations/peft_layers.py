@@ -59,7 +59,7 @@ class AcceleratedLinear(Accelerated):
     get_delta_bias = Linear.get_delta_bias
     projection = Linear.projection
     plus = Linear.plus
-    _own_dtype = Linear._own_dtype
+    own_dtype = Linear.own_dtype
     _base_and = Linear._base_and
     _dropout = Linear._dropout
 

@@ -250,7 +250,7 @@ class JobTrainer:
             if not math.isfinite(float(norm)):
                 raise FloatingPointError(f"the norm of the gradients after {running.steps} steps is {float(norm)}")
             running.step(norm)
-        self._finish(running, f"{running.batches.epoch} epochs done" if running.job.epochs else "its data are done")
+        self._finish(running, "all epochs are done" if running.job.epochs else "the data are done")
 
     def _finish(self, running: Running, reason: str) -> None:
         if running.job.eval_data is not None and running.steps not in [step for step, _ in running.evaluations]:

@@ -245,7 +245,8 @@ class _LoraLinearMulti(torch.autograd.Function):
         of = ctx.needs_input_grad
         of_A, of_B = of[6 : 6 + count], of[6 + count : 6 + 2 * count]
         needs = [of[0], any(of_A), any(of_B)]
-        dx, grads = None, [None] * (2 * count)
+        dx: Tensor | None = None
+        grads: list[Tensor | None] = [None] * (2 * count)
         if any(needs):
             dx, *flat = _backward(dy, x, s, weight, fmt, A, B, order, lengths, scales, ps, keys, needs, backend)
             for i, (factors, wanted) in enumerate(((A, of_A), (B, of_B))):

@@ -122,8 +122,9 @@ def is_dense_linear(layer: nn.Module) -> bool:
 
 def is_touched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in vars(module)
 
 
 def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:

@@ -5,7 +5,7 @@ lora/multi.py computes all adapters of a linear layer at once; every other kind 
 on the samples that are its own (`one_by_one`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +157,19 @@ def adapters_of(names: Names) -> list[str]:
         return list(names.adapters)
     flat = (one for name in names for one in ([name] if isinstance(name, str) else name))
     return [name for name in dict.fromkeys(flat) if name != BASE]
+
+
+def repeats_of(arguments: Mapping[str, Any], config: Any) -> int:
+    """How often `generate`, called with these arguments, repeats each sample; `config`: the model's own settings."""
+
+    def setting(name: str) -> int:
+        for source in (arguments, arguments.get("generation_config"), config):
+            found = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+            if isinstance(found, int):
+                return found
+        return 1
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
 
 
 @contextmanager

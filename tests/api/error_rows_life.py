@@ -3,8 +3,7 @@
 import importlib
 from typing import Any
 
-import torch
-from error_tools import NOT_YET, REFUSED_BY_NAME, Row, broken, quietly
+from error_tools import Row, broken, quietly
 
 LIFE = [
     Row(
@@ -134,15 +133,6 @@ LIFE = [
         UserWarning,
         "bias",
         ("adapter 'default' trained biases of the base model", "stay as trained"),
-    ),
-    Row(
-        "names of adapters for a batch, in training",
-        lambda l, t: t.model(l).train()(torch.ones(1, 2, dtype=torch.long), adapter_names=["default"]),
-        ValueError,
-        "training mode",
-        ("adapter_names", "run a batch per adapter"),
-        REFUSED_BY_NAME,
-        why=NOT_YET,
     ),
     Row(
         "the status of a model without adapters",

@@ -4,6 +4,7 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
+from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
@@ -30,6 +31,7 @@ TABLE: dict[str, list[Row]] = {
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
     "Their life": LIFE,
+    "Batches of several adapters": BATCHES,
     "Saving": SAVING,
     "Loading": LOADING,
     "AutoPeftModel": AUTO,

@@ -45,8 +45,8 @@ def test_forward_names_its_arguments(llama, tokens):
 def test_what_is_not_built_is_refused(llama, tokens):
     model = adapted(llama())
     for call in (model, model.generate, adapted(llama(), task_type=None)):
-        with pytest.raises(NotImplementedError, match="adapter_names"):
-            call(tokens, adapter_names=["default"] * 3)
+        with pytest.raises(NotImplementedError, match="activated LoRA"):
+            call(tokens, alora_offsets=[1] * 3)
     with pytest.raises(ValueError, match="task_ids"):
         model(tokens, task_ids=tokens)
 

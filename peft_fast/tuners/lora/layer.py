@@ -268,14 +268,14 @@ class Linear(LoraLayer):
         if any(name in self.lora_magnitude_vector for name in adapters):
             return self._with_magnitudes(x, adapters, weight, *args, **kwargs)
         if why_called(self, adapters) is not None:
-            dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+            dtype = self.own_dtype(x) if isinstance(weight, QuantizedWeight) else None
             return call(self, x, adapters, weight, dtype, *args, **kwargs)
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return self.plus(self.base_layer(x, *args, **kwargs), x, adapters)
         if isinstance(weight, Tensor):
             return self.plus(self._base_and(adapters[0], x, weight, None), x, adapters[1:])
         # A k-bit layer may say in which dtype to compute; an autocast region says so for every layer.
-        dtype = self._own_dtype(x)
+        dtype = self.own_dtype(x)
         if len(adapters) == 1:
             y = self._base_and(adapters[0], x, weight, dtype)  # keeps x as it is, not a cast of it
             return y if dtype is None else y.to(x.dtype)
@@ -290,14 +290,14 @@ class Linear(LoraLayer):
         """The base weight [N, K] where multiplying by it may replace calling the base layer, else None."""
         return matmul_weight(self.base_layer)
 
-    def _own_dtype(self, x: Tensor) -> torch.dtype | None:
+    def own_dtype(self, x: Tensor) -> torch.dtype | None:
         """In which dtype the base layer says to compute; None where it says none, or an autocast region does."""
         return None if torch.is_autocast_enabled(x.device.type) else getattr(self.base_layer, "compute_dtype", None)
 
     def _with_magnitudes(
         self, x: Tensor, adapters: list[str], weight: Tensor | QuantizedWeight | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        dtype = self._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+        dtype = self.own_dtype(x) if isinstance(weight, QuantizedWeight) else None
         y = dora.forward(self, x if dtype is None else x.to(dtype), adapters, weight, *args, **kwargs)
         return y if dtype is None else y.to(x.dtype)
 

@@ -25,49 +25,53 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """y [samples, ..., out_features] of lora.Linear, in x's dtype (autocast's where that is on)."""
     batch: MixedBatch = layer.mixed_batch
     call = batch.kept.get(layer)
-    if call is None or torch.is_grad_enabled() or args or kwargs:
-        call = _call(layer, batch, x, called=bool(args or kwargs))
+    if call is None or torch.is_grad_enabled():
+        call = _call(layer, batch, x)
         if not torch.is_grad_enabled():
             batch.kept[layer] = call
     if call is ONE_BY_ONE:
         return one_by_one(layer, x, *args, **kwargs)
+    y = compute(layer, x, call, batch, *args, **kwargs)
+    return _with_biases(layer, batch, x, y, call.here).to(y.dtype)
+
+
+def compute(layer: Any, x: Tensor, call: Call, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
+    """The base layer and the adapters' products, without biases of theirs."""
     here, adapters, weight = call
     segments = batch.segments(x)
     keys = _keys(layer, batch, x) if adapters.drops else None
-    dtype = layer._own_dtype(x) if isinstance(weight, QuantizedWeight) else None
-    if weight is not None:
-        y = ops.lora_linear_multi(
-            x, weight, adapters, segments, layer.bias, dropout_keys=keys, dtype=dtype, backend=layer.backend
-        )  # fmt: skip
-    else:
+    if weight is None or args or kwargs:
         y = layer.base_layer(x, *args, **kwargs)
-        if here:
-            part = ops.lora_linear_multi(x, None, adapters, segments, dropout_keys=keys, backend=layer.backend)
-            y = y + part.to(y.dtype)
-    y = _with_biases(layer, batch, x, y, here)
+        if not here:
+            return y
+        part = ops.lora_linear_multi(x, None, adapters, segments, dropout_keys=keys, backend=layer.backend)
+        return y + part.to(y.dtype)
+    dtype = layer.own_dtype(x) if isinstance(weight, QuantizedWeight) else None
+    y = ops.lora_linear_multi(
+        x, weight, adapters, segments, layer.bias, dropout_keys=keys, dtype=dtype, backend=layer.backend
+    )  # fmt: skip
     return y if dtype is None else y.to(x.dtype)
 
 
 ONE_BY_ONE = object()  # instead of a Call
 
 
-def _call(layer: Any, batch: MixedBatch, x: Tensor, called: bool) -> Any:
+def _call(layer: Any, batch: MixedBatch, x: Tensor) -> Any:
     here = [name for name in batch.adapters if layer.has_adapter(name)]
     with_magnitudes = any(name in layer.lora_magnitude_vector for name in here)
     if layer.disable_adapters or with_magnitudes or why_called(layer, here) is not None:
         return ONE_BY_ONE
-    A, B, scales, p = [], [], [], []
-    for name in batch.adapters:  # of rank 0 where this layer does not have it
-        down, up, scale = x.new_empty(0, layer.in_features), x.new_empty(layer.out_features, 0), 1.0
-        if name in here:
-            a, b = layer.factors(name)
-            down, (up, scale) = a.weight, folded(b.weight, layer.scaling[name])
-        A.append(down)
-        B.append(up)
-        scales.append(scale)
-        p.append(layer.dropout_p(name) if name in here else 0.0)
+    none = x.new_empty(0, layer.in_features), x.new_empty(layer.out_features, 0), 1.0, 0.0
+    each = [_adapter(layer, name) if layer.has_adapter(name) else none for name in batch.adapters]
+    A, B, scales, p = zip(*each) if each else ((), (), (), ())
     adapters = ops.Adapters(A, B, scales, p, constant=not torch.is_grad_enabled())
-    return Call(here, adapters, None if called else layer.product_weight())
+    return Call(here, adapters, layer.product_weight())
+
+
+def _adapter(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float]:
+    """(A [R, K], B [N, R], scale, dropout)"""
+    a, b = layer.factors(name)
+    return a.weight, *folded(b.weight, layer.scaling[name]), layer.dropout_p(name)
 
 
 def _keys(layer: Any, batch: MixedBatch, x: Tensor) -> Tensor:

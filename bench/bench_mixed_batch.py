@@ -1,0 +1,90 @@
+"""A step of generating for 64 requests with 64 adapters: HF PEFT's mixed batch, ours, and a store's.
+
+Each is one forward of a 2-layer Llama, base included; `base` is the model without adapters, which nothing can beat.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_fast
+from bench.harness import Case
+from peft_fast.testing import relative_error
+
+ADAPTERS, RANK = 64, 16
+SHAPES = {"cpu": (256, 4096), "cuda": (4096,)}
+
+
+def llama(width: int, dtype: torch.dtype, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=2,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def with_adapters(library: Any, base: Any, names: list[str]) -> Any:
+    model = None
+    for name in names:
+        torch.manual_seed(hash(name) % 1000)
+        config = library.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+        if model is None:
+            model = library.get_peft_model(base, config, name, autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def a_store(model: Any, base: Any, names: list[str]) -> peft_fast.AdapterStore:
+    store = peft_fast.AdapterStore(base)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for name in names:
+            store.load(name, Path(folder) / name)
+    return store
+
+
+@functools.cache
+def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+    """The providers, which take seconds and gigabytes to make: when the first of them runs."""
+    names = [f"user{i}" for i in range(ADAPTERS)]
+    base = llama(width, dtype, device)
+    theirs, ours = (with_adapters(library, copy.deepcopy(base), names) for library in (peft, peft_fast))
+    ours.load_state_dict(theirs.state_dict())
+    store = a_store(ours, copy.deepcopy(base), names)
+    ids = torch.randint(0, 256, (ADAPTERS, 1), device=device)
+
+    def step(model: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(ids, **kwargs).logits
+
+    return {
+        "peft": functools.partial(step, theirs, adapter_names=names),
+        "peft_fast": functools.partial(step, ours, adapter_names=names),
+        "peft_fast store": functools.partial(step, store, adapter_names=names),
+        "base": functools.partial(step, base),
+    }
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for width in SHAPES[device.type]:
+        dtype = torch.float32 if width < 1024 else torch.bfloat16
+        runs = {
+            name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[name]()
+            for name in ("peft", "peft_fast", "peft_fast store", "base")
+        }
+
+        def gate(runs=runs, dtype=dtype) -> None:
+            for name in ("peft_fast", "peft_fast store"):
+                assert relative_error(runs[name](), runs["peft"]()) < 16 * torch.finfo(dtype).eps, name
+
+        shape = f"2-layer llama width {width}, {ADAPTERS} adapters r={RANK}, one token each"
+        yield Case("mixed_batch", shape, dtype, "inference", runs, gate)

@@ -1,22 +1,26 @@
 """A step of four jobs, each with its own adapter, data and optimiser: together on one base, and with HF PEFT.
 
-    python -m bench.joint_training [--rounds 21] [--kinds dense nf4] [--shapes equal ragged] [--write]
+    python -m bench.joint_training [--rounds 21] [--kinds dense nf4] [--shapes equal ragged]
+                                   [--cpu-time] [--write]
 
     ours, joint       JobTrainer: one forward and backward for all four, four optimisers
     ours, in turn     the same with max_tokens=512: a job a forward, and the memory of one
     peft, one base    the four adapters in one model, one job's step after the other, with set_adapter between them
     peft, four bases  a model for each job, as four processes have it
 
-Times are of one step of all four jobs (forward, backward, clipping, AdamW) in interleaved rounds (bench/harness.py);
-the first losses of all must agree. Memory: bytes of weights; what a step keeps for its backward at most at one time;
-the most that a step allocates beside the weights and optimiser states. PEFT's jobs take turns, and so its numbers are
-of one job at a time; four processes that run at the same time need them four times. --write appends to bench/results.
+Times are of one step of all four jobs (forward, backward, clipping, AdamW) in interleaved rounds (bench/harness.py),
+and with --cpu-time of the process's own seconds, which other processes disturb less. The first losses of all must
+agree. Memory: bytes of the weights, and the most that a step allocates beside them and the optimisers' states. PEFT's
+jobs take turns, and so its peak is of one job; four processes that run at the same time need it four times. --write
+appends the times to bench/results.
 """
 
 import argparse
 import copy
 import os
+import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +34,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_fast
 from bench.harness import RESULTS, Case, append, device_name, measure, table
 from bench.memory_peak import peak
-from bench.memory_saved import kept, total
 
 VOCABULARY = 2048
 RANKS, ALPHAS, SEEDS, RATE = (8, 16, 16, 32), (16, 16, 32, 32), (1, 2, 3, 4), 1e-4
@@ -165,22 +168,17 @@ def _gate(made: dict[str, Any], p: float) -> Callable[[], None]:
     return check
 
 
-def memory(one: Any) -> tuple[int, int, int]:
-    """Bytes of (weights, what is kept for a backward, the most allocated in a step)."""
+def memory(one: Any) -> tuple[int, int]:
+    """Bytes of (weights, the most allocated in a step)."""
     tensors = [t for model in one.models for t in _weights(model)]
     weights = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     if isinstance(one, Joint):
-        return weights, _kept(one.step, one.models[0]), peak(one.step)
-    found = []
+        return weights, peak(one.step)
+    peaks = []
     for i in range(len(one.ids)):
         one.switch(i)
-        run = [lambda i=i: one.step_of(i)] * 2
-        found.append((_kept(run[0], one.of(i)), peak(run[1])))
-    return weights, max(a for a, _ in found), max(b for _, b in found)
-
-
-def _kept(run: Callable[[], object], model: nn.Module) -> int:
-    return total(kept(run, model))
+        peaks.append(peak(lambda i=i: one.step_of(i)))
+    return weights, max(peaks)
 
 
 def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -191,12 +189,31 @@ def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
         yield from (value for value in vars(state or object).values() if isinstance(value, torch.Tensor))
 
 
+def _cpu_times(case: Case, rounds: int) -> str:
+    """Seconds of the process, and the median over the rounds of each one's ratio to the first."""
+    case.gate()
+    names, taken = list(case.providers), {name: [] for name in case.providers}
+    for number in range(rounds + 1):
+        for i in range(len(names)):
+            name = names[(number + i) % len(names)]
+            start = time.process_time()
+            case.providers[name]()
+            taken[name].append(time.process_time() - start)
+    baseline = taken[names[0]][1:]  # the first round warms up
+    lines = [case.shape]
+    for name, (_, *times) in taken.items():
+        ratio = statistics.median(own / base for own, base in zip(times, baseline))
+        lines.append(f"{name:18}{statistics.median(times):8.3f} s of CPU, {ratio:.2f} x {names[0]}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--kinds", nargs="+", default=["dense", "nf4"], choices=["dense", "nf4"])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, not of the clock on the wall")
     parser.add_argument("--write", action="store_true", help="append the times to bench/results")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -204,13 +221,17 @@ def main() -> int:
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     rows, mib = [], 2**20
     for case, made in cases(given.kinds, given.shapes, given.dropouts):
-        mine = list(measure(case, device, given.rounds))
-        rows += mine
-        print(table(mine), f"\nload {os.getloadavg()[0]:.1f}", flush=True)
-        print(f"{'':18}{'weights':>10}{'kept for backward':>20}{'peak of a step':>16}   MiB")
+        if given.cpu_time:
+            print(_cpu_times(case, given.rounds))
+        else:
+            mine = list(measure(case, device, given.rounds))
+            rows += mine
+            print(table(mine))
+        print(f"load {os.getloadavg()[0]:.1f}", flush=True)
+        print(f"{'':18}{'weights':>10}{'peak of a step':>16}   MiB")
         for name, one in made.items():
             sizes = [size / mib for size in memory(one)]
-            print(f"{name:18}{sizes[0]:10.1f}{sizes[1]:20.1f}{sizes[2]:16.1f}", flush=True)
+            print(f"{name:18}{sizes[0]:10.1f}{sizes[1]:16.1f}", flush=True)
     if given.write:
         append(rows, RESULTS / "amd-epyc-x86-64-2-cores.csv")
     return 0

@@ -66,10 +66,19 @@ def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
         with torch.inference_mode():
             return model(ids, **kwargs).logits
 
+    def one_by_one() -> torch.Tensor:
+        outputs = []
+        for i, name in enumerate(names):
+            theirs.set_adapter(name)
+            with torch.inference_mode():
+                outputs.append(theirs(ids[i : i + 1]).logits)
+        return torch.cat(outputs)
+
     return {
         "peft": functools.partial(step, theirs, adapter_names=names),
         "peft_fast": functools.partial(step, ours, adapter_names=names),
         "peft_fast store": functools.partial(step, store, adapter_names=names),
+        "peft, one after the other": one_by_one,
         "base": functools.partial(step, base),
     }
 
@@ -79,7 +88,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         dtype = torch.float32 if width < 1024 else torch.bfloat16
         runs = {
             name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[name]()
-            for name in ("peft", "peft_fast", "peft_fast store", "base")
+            for name in ("peft", "peft_fast", "peft_fast store", "peft, one after the other", "base")
         }
 
         def gate(runs=runs, dtype=dtype) -> None:

@@ -241,7 +241,8 @@ def lora_up_group_backward(
     return ds[0] if len(ds) == 1 else torch.cat(ds, dim=1), dB
 
 
-def _activation(g: Tensor, activation: str) -> Tensor:
+def activated(g: Tensor, activation: str) -> Tensor:
+    """act(g), under torch's own autograd"""
     return F.silu(g) if activation == "silu" else F.gelu(g, approximate=_APPROXIMATION[activation])
 
 
@@ -269,7 +270,7 @@ def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Ten
     wide = torch.promote_types(g.dtype, torch.float32)
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     for rows in _slabs(g):
-        h[rows] = _activation(g[rows].to(wide), activation).mul_(u[rows])
+        h[rows] = activated(g[rows].to(wide), activation).mul_(u[rows])
     return h
 
 
@@ -282,7 +283,7 @@ def glu_backward_(
     h = torch.empty_like(dg) if needs_h else None
     for rows in _slabs(g):
         wide_g, wide_dh = g[rows].to(wide), dh[rows].to(wide)
-        act = _activation(wide_g, activation)
+        act = activated(wide_g, activation)
         if h is not None:
             h[rows] = act * u[rows]
         dg[rows] = _activation_backward(wide_dh * u[rows], wide_g, activation)

@@ -159,7 +159,7 @@ def _buckets(segments: Segments, factors: Sequence[Tensor], dim: int, also: Sequ
         kinds = (_kind(f, f.shape[dim], number, t, constant) for t, (f, number) in enumerate(zip(factors, also)))
         return buckets(segments.lengths, tuple(kinds))
 
-    return factors.keep(segments.lengths, found) if constant else found()
+    return factors.keep(segments.lengths, found) if isinstance(factors, Constant) else found()
 
 
 def _kind(factor: Tensor, R: int, number: float, adapter: int, constant: bool) -> tuple | None:

@@ -29,6 +29,15 @@ OF_BOTH = ("low_cpu_mem_usage", "key_mapping", "ignore_mismatched_sizes")
 NOT_FOR_THE_BASE = ("subfolder", "user_agent")  # where the adapter is in its repository
 
 
+def get_default_import_allowlist() -> list[str]:
+    return list(IMPORT_ALLOWLIST)
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
+    """Whether a module is one of these packages, or in one."""
+    return any(parent_name == allowed or parent_name.startswith(f"{allowed}.") for allowed in allowlist)
+
+
 class _BaseAutoPeftModel:
     _target_class: ClassVar[str | None] = None  # of transformers, which takes seconds to import
     _target_peft_class: ClassVar[type[PeftModel]] = PeftModel
@@ -103,7 +112,7 @@ def _import_class(auto_mapping: dict[str, str], allowlist: Sequence[str]) -> Any
     if isinstance(allowlist, str):
         raise TypeError(f"import_allowlist must be a list of packages, got the string {allowlist!r}")
     library, name = auto_mapping.get("parent_library"), auto_mapping.get("base_model_class")
-    if not isinstance(library, str) or not any(f"{library}.".startswith(f"{allowed}.") for allowed in allowlist):
+    if not isinstance(library, str) or not check_import_allowlist(allowlist, library):
         raise ValueError(
             f"the adapter's config asks to import {library!r}, which is not in the import allowlist {list(allowlist)}: "
             f"if you trust it, pass import_allowlist=[{library!r}]"

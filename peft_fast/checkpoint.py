@@ -18,21 +18,21 @@ from torch import Tensor, nn
 
 from .adapter_file import PREFIX, is_plain
 from .inject import AnyTuner, tuner_of
+from .load_result import LoadResult
 from .renamed import renamed_keys
+from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
 from .tuners.matching import embedding_of
 from .tuners.modules_to_save import ModulesToSaveWrapper
+from .tuners.names import without_compiling
 from .tuners.offload import offloading_hook, onloaded
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tied import EMBEDDING_LAYER_NAMES
 from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper
 
-
-class LoadResult(NamedTuple):
-    missing_keys: list[str]  # weights of the adapter, by name in the model, that the file lacks: left as initialised
-    unexpected_keys: list[str]  # tensors in the file that the adapter has no place for: they are not loaded
+COMPILED = "_orig_mod."  # what names in a module begin with that torch.compile made
 
 
 class LoadPlan(NamedTuple):
@@ -53,22 +53,34 @@ def get_peft_model_state_dict(
 
     `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
     the "base_model.model." that a PeftModel's begin with.
+    `unwrap_compiled`: of a model that torch.compile made, keys without the "_orig_mod." that its names begin with.
     `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    inner = without_compiling(model)
+    if inner is not model:
+        given = state_dict and {key.removeprefix(COMPILED): value for key, value in state_dict.items()}
+        found = get_peft_model_state_dict(inner, given, adapter_name, save_embedding_layers=save_embedding_layers)
+        return found if unwrap_compiled else {COMPILED + key: value for key, value in found.items()}
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= {prefix + key: prefix + key for key in _embeddings_to_save(tuner, adapter_name, save_embedding_layers)}
     prompt = tuner.prompt_tensors(adapter_name) if isinstance(tuner, PromptTuner) else {}
     tensors = _tensors(model) if state_dict is None else state_dict
     absent = [name for name in keys.values() if name not in tensors]
     if absent:
-        raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {_some(absent)}")
+        raise ValueError(f"state_dict lacks {len(absent)} tensors of adapter {adapter_name!r}: {some(absent)}")
     found = {key: _at_hand(model, name, tensors[name]) for key, name in keys.items()}
+    if isinstance(tuner, BaseTuner):
+        found = tuner.to_file(adapter_name, found, prefix)
     return {**without_padding(tuner, adapter_name, found, prefix), **prompt}
+
+
+def _keys(tuner: AnyTuner, prefix: str, adapter_name: str) -> dict[str, str]:
+    """{key in the adapter's file: name in the model}."""
+    shared = tuner.shared_keys(adapter_name, prefix) if isinstance(tuner, BaseTuner) else {}
+    return {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()} | shared
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -92,6 +104,7 @@ def set_peft_model_state_dict(
     Weights on the meta device are replaced (`low_cpu_mem_usage` says that there are such), others written to.
     Raises ValueError, before anything is written, where the tensors are another model's or another rank's.
     """
+    model = without_compiling(model)
     plan = plan_load(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
     apply_load(model, plan, adapter_name)
     return plan.result
@@ -102,7 +115,7 @@ def keys_in_model(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file's values by their names in the model, and those that have no place there under the keys that they have."""
     tuner, prefix = tuner_of(model)
-    known = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    known = _keys(tuner, prefix, adapter_name)
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     return found, {key: state_dict[key] for key in unexpected}
 
@@ -111,11 +124,11 @@ def plan_load(
     model: Any, state_dict: Mapping[str, Any], adapter_name: str, ignore_mismatched_sizes: bool = False
 ) -> LoadPlan:
     tuner, prefix = tuner_of(model)
-    keys = {prefix + key: prefix + name for key, name in tuner.state_keys(adapter_name).items()}
+    keys = _keys(tuner, prefix, adapter_name)
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
     old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
     state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    state_dict = tuner.as_today(state_dict, prefix)
+    state_dict = tuner.as_today(state_dict, prefix, adapter_name)
     others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
     known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
@@ -123,24 +136,26 @@ def plan_load(
     if keys and len(missing) == len(keys):
         raise ValueError(
             f"the file is no adapter for this model: none of its {len(state_dict)} tensors, such as "
-            f"{_some(unexpected)}, is one of the adapter's, such as {_some(list(keys))}"
+            f"{some(unexpected)}, is one of the adapter's, such as {some(list(keys))}"
         )
     own = _tensors(model)
     wrong = [name for name, value in found.items() if not _fits(value, own[name])]
     if wrong and not ignore_mismatched_sizes:
-        shapes = "; ".join(f"{n}: {_described(found[n])} for {_described(own[n])}" for n in wrong[:3])
+        shapes = "; ".join(f"{n}: {described(found[n])} for {described(own[n])}" for n in wrong[:3])
         size, options = _sizes(tuner)
         raise ValueError(
             f"{len(wrong)} tensors of the file do not fit ({shapes}): was the adapter trained with another {size}, or "
             f"on another base model? See {options} in its adapter_config.json"
         )
     if wrong:
-        warnings.warn(f"not loaded, because of their sizes: {_some(wrong)}", stacklevel=3)
+        warnings.warn(f"not loaded, because of their sizes: {some(wrong)}", stacklevel=3)
     values = {name: _as_dtype(name, value, own[name].dtype) for name, value in found.items() if name not in wrong}
+    if isinstance(tuner, BaseTuner):
+        tuner.check_values(values)
     empty = [name for name in keys.values() if own[name].is_meta and name not in values]
     if empty:
-        raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {_some(empty)}")
-    return LoadPlan(values, LoadResult(missing, unexpected))
+        raise ValueError(f"low_cpu_mem_usage needs every weight of the adapter in the file, which lacks {some(empty)}")
+    return LoadPlan(values, LoadResult(missing + [name for name in wrong if name in keys.values()], unexpected))
 
 
 def _sizes(tuner: AnyTuner) -> tuple[str, str]:
@@ -242,14 +257,14 @@ def _fits(value: Any, own: Tensor) -> bool:
     return value.is_floating_point() == own.is_floating_point() and not value.is_complex()
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     kind = "" if is_plain(value) else f" on {value.device}, a {type(value).__name__} in {value.layout}"
     return f"{tuple(value.shape)} {value.dtype}{kind}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -280,7 +295,7 @@ def _embeddings_to_save(tuner: AnyTuner, adapter_name: str, choice: bool | str) 
         path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES and adapter_name in layer.available_adapters()
         for path, layer in tuner.layers()
     )
-    if choice == "auto" and getattr(config, "trainable_token_indices", None) is not None:
+    if choice == "auto" and any(getattr(config, name, None) for name in ("trainable_token_indices", "token_indices")):
         adapted = False  # who trains a few rows wants a small file
     if choice == "auto" and not adapted and not vocabulary_was_resized(tuner, adapter_name):
         return []
@@ -325,72 +340,3 @@ def vocabulary_was_resized(tuner: AnyTuner, adapter_name: str) -> bool:
         )
         return False
     return values.get("vocab_size", now) != now
-
-
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """The base model's state dict under the names that it had before there were adapters: `model` is a PeftModel.
-
-    Values are those in use: of a merged layer with the adapters in them.
-    """
-    tuner = tuner_of(model)[0]
-    state = tuner.model.state_dict()
-    return {original: state[name] for original, name in _names_in_base(tuner, state).items()}
-
-
-def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-    """Load the base model's weights, under the names that it had before there were adapters, into a PeftModel.
-
-    Raises RuntimeError, as load_state_dict does, for sizes that do not fit and, where `strict`, for keys that are
-    missing or unexpected: before anything is written.
-    """
-    tuner = tuner_of(model)[0]
-    own = tuner.model.state_dict()
-    names = _names_in_base(tuner, own)
-    result = LoadResult([key for key in names if key not in state_dict], [k for k in state_dict if k not in names])
-    if strict and (result.missing_keys or result.unexpected_keys):
-        raise RuntimeError(
-            f"the state dict is not this base model's: it lacks {_some(result.missing_keys) or 'nothing'}, and has "
-            f"{_some(result.unexpected_keys) or 'nothing'} beside; strict=False loads what fits"
-        )
-    values = {names[key]: value for key, value in state_dict.items() if key in names}
-    wrong = [name for name, value in values.items() if isinstance(value, Tensor) and value.shape != own[name].shape]
-    if wrong:
-        shapes = "; ".join(f"{n}: {_described(values[n])} for {_described(own[n])}" for n in wrong[:3])
-        raise RuntimeError(f"{len(wrong)} tensors of the state dict do not fit ({shapes}): it is another model's")
-    tuner.model.load_state_dict(values, strict=False)
-    return result
-
-
-def _names_in_base(tuner: AnyTuner, state: Mapping[str, Any]) -> dict[str, str]:
-    """{name in the base model: name in tuner.model} of what is no adapter's in `state`."""
-    adapters = tuple(f"{path}.{attribute}" for path, holder in tuner.holders() for attribute in _attributes(holder))
-    infixes = [
-        (f"{path}.{attribute}.", f"{path}.")
-        for path, module in tuner.model.named_modules()
-        if (attribute := _inside(module)) is not None
-    ]
-    names: dict[str, str] = {}
-    for name in state:
-        if name.startswith(adapters):
-            continue
-        original = name
-        for infix, plain in reversed(infixes):  # inner ones first: their paths have the outer ones' infixes in them
-            if original.startswith(infix):
-                original = plain + original.removeprefix(infix)
-        names[original] = name
-    return names
-
-
-def _inside(module: nn.Module) -> str | None:
-    """The attribute that has what was in the place of one of our modules."""
-    if isinstance(module, BaseTunerLayer):
-        return "base_layer"
-    if isinstance(module, ModulesToSaveWrapper):
-        return "original_module"
-    return "token_adapter" if isinstance(module, TrainableTokensWrapper) else None
-
-
-def _attributes(holder: Any) -> list[str]:
-    """The submodules of a holder that are adapters', as beginnings of keys."""
-    own = [name for name, _ in holder.named_children() if name not in ("base_layer", "original_module")]
-    return [f"{name}." for name in own]

@@ -1,8 +1,9 @@
 """PeftConfig: what an adapter is, and the file adapter_config.json that says so.
 
 The file is peft 0.21.2's, key by key: peft reads ours and we read peft's. Reading is strict, because a model whose
-option was quietly dropped quietly differs: an unknown key is an error, unless a newer peft wrote the file, when a
-warning names it. A key that is switched off (None, False, 0, empty) changes nothing and passes.
+option was quietly dropped quietly differs: an unknown key is an error, unless a newer peft wrote the file, or one so
+old that files did not say their version, when a warning names it. A key that is switched off (None, False, 0, empty)
+changes nothing and passes.
 """
 
 import json
@@ -17,18 +18,24 @@ from typing import Any, ClassVar
 from packaging.version import InvalidVersion, Version
 from transformers.utils import PushToHubMixin
 
-from .files import locate, write_together
+from .files import locate, without_idle_arguments, write_together
+from .option_help import with_help
 from .peft_types import PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # the version of peft whose files we read and write
 
 
+@with_help
 @dataclass
 class PeftConfig(PushToHubMixin):
     """What every adapter has. The methods' own configs (LoraConfig, ...) add their options.
 
-    `revision` is the base model's. `inference_mode` freezes the adapter; it is true in every saved file.
+    task_type: what the model is for, a TaskType or its name, or None. peft_type: the method, a PeftType.
+    base_model_name_or_path: the base model's folder or name on the Hub. revision: the base model's.
+    inference_mode: freezes the adapter; it is true in every saved file.
+    auto_mapping: {"base_model_class": ..., "parent_library": ...}, where to find the base model's class again without a
+      task. peft_version: of the files, by default the one whose files these are.
     Raises ValueError for a task type that does not exist, TypeError for an option that does not exist.
     """
 
@@ -54,7 +61,6 @@ class PeftConfig(PushToHubMixin):
             names = [task.value for task in TaskType]
             if self.task_type not in names:
                 raise ValueError(f"task_type must be one of {names} or None, got {self.task_type!r}")
-            self.task_type = TaskType(self.task_type)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
@@ -69,15 +75,28 @@ class PeftConfig(PushToHubMixin):
     def check(self) -> None:
         """Raise for options that contradict each other or that are not built. The methods' configs have such."""
 
-    def check_weights_of(self, other: "PeftConfig") -> None:
-        """Raise ValueError where weights trained under `other` would mean something else under this config."""
+    @classmethod
+    def check_saved(cls, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, or warn, where a saved config's weights are of another version's method."""
+
+    def check_weights_of(self, other: "PeftConfig", of_any_size: bool = False) -> None:
+        """Raise ValueError where weights trained under `other` would mean something else under this config.
+
+        `of_any_size`: options that say how large weights are may differ; those that differ in size are not loaded.
+        """
         for name in self.tied_to_weights:
+            if of_any_size and name in ("r", "rank_pattern"):
+                continue
             ours, theirs = getattr(self, name), getattr(other, name, None)
             if ours != theirs:
                 raise ValueError(
                     f"the file's weights were trained with {name}={theirs!r}, and the adapter here has {ours!r}, "
                     "so they would do something else in it. Load them under another name, or delete the adapter first"
                 )
+
+    def may_be_empty(self, key: str) -> bool:
+        """Whether an adapter's tensor of this key in a file may have no element."""
+        return False
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -122,7 +141,9 @@ class PeftConfig(PushToHubMixin):
 
         `hub_arguments` (revision, token, cache_dir, ...) go to hf_hub_download. Raises ValueError where there is no
         config, where it is no valid JSON object, or where it asks for what is not built; TypeError for unknown keys.
+        Arguments of base models (trust_remote_code, device_map, ...) have no effect, with a warning.
         """
+        hub_arguments = without_idle_arguments(hub_arguments)
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_arguments)
         if path is None:
             folder = f", folder {subfolder!r}" if subfolder else ""
@@ -152,19 +173,27 @@ class PeftConfig(PushToHubMixin):
         from .tuners import config_class  # the table has the subclasses of this class
 
         config_type = config_class(options["peft_type"]) if options.get("peft_type") else cls
+        config_type.check_saved(options)
         unknown = options.keys() - config_type.option_names()
         in_use = {key for key in unknown if options[key]}
         if in_use:
-            if not _is_newer(options.get("peft_version")):
+            version = options.get("peft_version")
+            if version is not None and not _is_newer(version):
                 raise TypeError(_unknown_options(config_type, in_use))
+            writer = "a version of peft that it does not name" if version is None else f"peft {version}"
             warnings.warn(
-                f"the config was written by peft {options['peft_version']} with options that {config_type.__name__} "
+                f"the config was written by {writer} with options that {config_type.__name__} "
                 f"does not know; they are left out, and the adapter may behave differently: {sorted(in_use)}",
                 stacklevel=2,
             )
         return config_type(**{key: value for key, value in options.items() if key not in unknown})
 
 
+PeftConfigMixin = PeftConfig  # of which peft makes two classes, one for the files and one for what is in them
+MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}  # of a file
+
+
+@with_help
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """What the methods have that learn prompts: virtual tokens before the input, and the base model as it is.

@@ -45,7 +45,9 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     layer        its name in the model
     base weight  dtype of a dense weight; type, block size and kind of scales of a k-bit one
     route        what a forward runs now: "split", "fused" or "merge" in Triton, "reference" in plain torch, "base"
-                 where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise.
+                 where no adapter is in effect (ops/table.py explains the routes), "refused" where it would raise;
+                 "added" where the base layer is called, "copy" where a trained copy of it is, "sum" where torch
+                 multiplies by the sum of weight and adapter.
                  Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called;
                  of layers that share their input: "group" or "layers"
     because      the reason for that route

@@ -15,11 +15,13 @@ from .model import PeftModel
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.dora import DoraCaching
 from .tuners.lora.layer import LoraLayer
+from .tuners.lora.model import LoraModel
 from .tuners.scaling import checked_factor
 
 __all__ = [
     "DoraCaching",
     "KappaTuneSelector",
+    "LoraModel",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "find_kappa_target_modules",

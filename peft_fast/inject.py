@@ -1,5 +1,6 @@
 """Adapters in a model without a PeftModel around it: as transformers and diffusers use them."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,9 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a new adapter into `model` itself and return it. Its `peft_config` then says which adapters are in it.
 
-    The adapter is active and trainable, unless its config is for inference; those that were there are kept, inactive
-    and frozen. Its weights have the dtype of the layers that they are for.
+    The adapter is active and trainable, unless its config is for inference. Those that were there are kept, inactive
+    and as trainable as they were, with a warning: set_adapter freezes them, and transformers calls that. Its weights
+    have the dtype of the layers that they are for.
     low_cpu_mem_usage: make weights on the meta device, for set_peft_model_state_dict.
     state_dict: adapt the layers that its keys name, whatever the config's target_modules; no value of it is used. Keys
     with and without a PeftModel's "base_model.model." are understood.
@@ -38,10 +40,19 @@ def inject_adapter_in_model(
     there: dict[str, PeftConfig] = _configs(model) or {}
     _check_one_type(config, there)
     tuner = tuner_class(config.peft_type).around(model, there)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if there else []
     with unchanged_on_error(tuner):
-        tuner.inject_adapter(adapter_name, config, False, low_cpu_mem_usage, state_dict)
+        tuner.put_in(adapter_name, config, False, low_cpu_mem_usage, state_dict)
         tuner.set_adapter(adapter_name, config.inference_mode)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
         model.peft_config = there  # type: ignore[assignment]
+    if before:
+        warnings.warn(
+            f"the model has the adapters {sorted(there.keys() - {adapter_name})} already: {adapter_name!r} is added to "
+            "them, and what was trainable of them stays so",
+            stacklevel=2,
+        )
     return model
 
 

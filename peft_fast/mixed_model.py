@@ -14,7 +14,8 @@ from .tuners.names import list_of_names
 
 
 class PeftMixedModel(PeftModel):
-    """`model` with an adapter in it, to which adapters of other methods can be added: LoRA and LoHa, as far as built.
+    """`model` with an adapter in it, to which adapters of other methods can be added: LoRA, AdaLoRA, LoHa, LoKr, OFT,
+    SHiRA.
 
     `get_peft_model(..., mixed=True)` makes one, or `from_pretrained`. Active adapters are applied in the order in which
     they were loaded, whatever the order in which they were named. As in peft it has no task, so that heads are not
@@ -40,6 +41,7 @@ class PeftMixedModel(PeftModel):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # type: ignore[override]
         """Activate one adapter or several, and train them, unless `inference_mode`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
+        self._label = None
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:  # type: ignore[override]
         """Remove one adapter or several."""
@@ -47,6 +49,7 @@ class PeftMixedModel(PeftModel):
         self.base_model._check_known(names)
         for name in names:
             self.base_model.delete_adapter(name)
+        self._label = None
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the adapters merged in: see BaseTuner.merge_and_unload."""

@@ -19,12 +19,14 @@ from transformers.utils import PushToHubMixin
 
 from .adapter_file import load_peft_weights
 from .arguments import check_trainable_file, note_offload
-from .checkpoint import LoadResult, apply_load, get_peft_model_state_dict, plan_load
+from .checkpoint import apply_load, get_peft_model_state_dict, plan_load
 from .config import CONFIG_NAME, PeftConfig, checked_config
 from .files import locate, without_idle_arguments
 from .integrations.recognised import Recognised
 from .integrations.vllm import check_and_leave_out_embeddings, for_vllm
 from .kbit import make_inputs_require_grad
+from .knows_adapters import KnowsAdapters
+from .load_result import LoadResult
 from .mixed_batches import MixedBatches
 from .peft_types import PeftType
 from .prompts import LearnsPrompts
@@ -38,7 +40,7 @@ from .tuners.names import list_of_names
 from .tuners.prompt_learning import PromptTuner
 
 
-class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Module):
+class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHubMixin, nn.Module):
     """`model` with an adapter in it, as `peft_config` describes. `model` itself is changed: `unload` restores it.
 
     `autocast_adapter_dtype`: adapter weights that would be fp16 or bf16 are kept in fp32. `low_cpu_mem_usage`: adapter
@@ -46,7 +48,6 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
     Raises ValueError or NotImplementedError for what cannot be done; `model` is then unchanged.
     """
 
-    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})  # ours, never the base model's
     _hf_peft_config_loaded = True  # transformers' Trainer: a quantised model that can be trained, having adapters
     base_model: Any  # a BaseTuner; where prompts are learned, the user's model
 
@@ -67,6 +68,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
                 model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
             )
         self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}  # ours, never the base model's
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             make_inputs_require_grad(model)
 
@@ -85,52 +87,12 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
         """What manages the adapters."""
         return PromptTuner(self) if self._is_prompt_learning else self.base_model
 
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        return self._tuner.peft_config
-
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Have the output of the model's input embeddings require gradients, unless its weights have few bits (which
         prepare_model_for_kbit_training is for)."""
         names = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         if not any(getattr(model, name, False) for name in names) and hasattr(model, "get_input_embeddings"):
             make_inputs_require_grad(model)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._tuner.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name; a list unless it is exactly one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        if not self.active_adapters:
-            raise ValueError("no adapter is active: every one was deleted")
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether some adapter is active and adapters are not switched off."""
-        if self._is_prompt_learning:
-            return bool(self.active_adapters) and not self._adapters_disabled
-        return bool(self.active_adapters) and not all(
-            holder.disable_adapters for _, holder in self.base_model.holders()
-        )
-
-    @property
-    def base_model_torch_dtype(self) -> torch.dtype | None:
-        return getattr(self.base_model, "dtype", None)
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        names = {
-            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
-        }
-        return names or None
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with our layers in it."""
@@ -146,7 +108,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
         """Add an untrained adapter; it is neither active nor trainable until `set_adapter`."""
         peft_config = checked_config(peft_config)
         self._check_type(peft_config)
-        self._tuner.inject_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+        self._tuner.put_in(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _check_type(self, peft_config: PeftConfig) -> None:
         if peft_config.peft_type != self.peft_type:
@@ -157,12 +119,14 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._tuner.delete_adapter(adapter_name)
+        self._label = None
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Activate one adapter and train it, unless `inference_mode`. For several: `model.base_model.set_adapter`."""
         if not isinstance(adapter_name, str):
             raise TypeError(f"one name is needed, got {adapter_name!r}; model.base_model.set_adapter takes several")
         self._tuner.set_adapter(adapter_name, inference_mode)
+        self._label = None
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self._tuner.set_requires_grad(adapter_names, requires_grad)
@@ -175,12 +139,12 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._mixed_batch(kwargs):
-            return self.base_model(*args, **kwargs)
+            return self.base_model(*args, **self._for_the_base(kwargs))
 
     def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         """What a task's forward does: pass on what was given, after the prompt where there is one."""
         with self._mixed_batch(kwargs):
-            return self._call_with(given, task_ids, kwargs)
+            return self._call_with(given, task_ids, self._for_the_base(kwargs))
 
     def _call_with(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         inputs = {**{name: value for name, value in given.items() if value is not None}, **kwargs}
@@ -193,12 +157,16 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
             )
         return self.base_model(**inputs)
 
+    def _for_the_base(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward's keywords less those that are for adapters."""
+        return {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.get_base_model()
         if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
             model.generation_config = self.generation_config
         with self._mixed_batch(kwargs):
-            return self._generator().generate(*args, **kwargs)
+            return self._generator().generate(*args, **self._for_the_base(kwargs))
 
     def _generator(self) -> Any:
         """Whose `generate` is called."""
@@ -236,10 +204,11 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
     ) -> None:
         """Write adapters (all unless selected): "default" into the directory, others into folders of their names.
 
-        Writes adapter_model.safetensors (.bin without `safe_serialization`), adapter_config.json and README.md, all of
-        them or none: files that were there survive a failure and a kill. `state_dict`: tensors gathered from shards.
-        Processes other than the main one write nothing. `max_shard_size` (push_to_hub passes it) and `save_function`
-        (examples with accelerate do) have no effect: adapters are one file, written in the way that cannot be torn.
+        Writes adapter_model.safetensors (.bin without `safe_serialization`) and adapter_config.json, and README.md for
+        the directory, all of an adapter's or none: files that were there survive a failure and a kill. `state_dict`:
+        tensors gathered from shards. Processes other than the main one write nothing. `max_shard_size` (push_to_hub
+        passes it) and `save_function` (examples with accelerate do) have no effect: adapters are one file, written in
+        the way that cannot be torn.
         `path_initial_model_for_weight_conversion`: the folder that the adapter was saved to before training, for one
         that changed the base weights at its start (PiSSA, OLoRA, ...). What is written is then the difference to that,
         a plain adapter of twice the rank for the base weights as they were. Raises ValueError where there is none such.
@@ -264,7 +233,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
             save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)
         ready = {}
         for name in names:  # all of them, before the first is written
-            config: Any = self.peft_config[name]
+            config: Any = self._tuner.config_for_file(name)
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if path_initial_model_for_weight_conversion is not None and is_main_process:
                 self._warn_of_requantised()
@@ -272,7 +241,9 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
             ready[name] = for_vllm(self._tuner, name, tensors) if vllm_compatible else (config, tensors)
         for name, (config, tensors) in ready.items() if is_main_process else ():
             folder = directory if name == "default" else directory / name
-            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization)
+            write_adapter(folder, self.get_base_model(), config, tensors, safe_serialization, name == "default")
+        if "default" not in ready and is_main_process and self.peft_config:
+            self.create_or_update_model_card(directory)
 
     def _warn_of_requantised(self) -> None:
         if any(layer.is_kbit for _, layer in self.base_model.layers()):
@@ -332,7 +303,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
             wrapper = cls._class_for(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = wrapper._load_tensors(model_id, tensors, adapter_name, is_trainable, ignore_mismatched_sizes)
         if result.missing_keys:
-            warnings.warn(f"the file lacks weights, left as initialised: {result.missing_keys}", stacklevel=2)
+            warnings.warn(f"the file lacks weights that fit, left as initialised: {result.missing_keys}", stacklevel=2)
         return wrapper
 
     def load_adapter(
@@ -351,9 +322,11 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
         """Load a trained adapter: a new one, not active yet, or the weights of one that is there already.
 
         The arguments are from_pretrained's, but that `key_mapping` has no default here, as in peft.
-        `ignore_mismatched_sizes`: leave tensors that do not fit as they are, with a warning.
-        Raises ValueError for files that are damaged, of another rank or scale, or that hold tensors the model has no
-        place for. Nothing is changed then. Weights that the file lacks are in the result's `missing_keys`.
+        `ignore_mismatched_sizes`: leave tensors that do not fit as they are, of another rank all of an adapter's
+        factors, with a warning.
+        Raises ValueError for files that are damaged, of another rank (unless `ignore_mismatched_sizes`) or scale, or
+        that hold tensors the model has no place for. Nothing is changed then. Weights that the file lacks, or that do
+        not fit, are in the result's `missing_keys`.
         """
         hub_arguments = without_idle_arguments(hub_arguments)
         new = adapter_name not in self.peft_config
@@ -364,7 +337,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, PushToHubMixin, nn.Modu
         if new:
             check_trainable_file(config, is_trainable)
         else:
-            self.peft_config[adapter_name].check_weights_of(config)
+            self.peft_config[adapter_name].check_weights_of(config, of_any_size=ignore_mismatched_sizes)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
         method_class(config.peft_type).check_file(config, tensors)
         with unchanged_on_error(self):

@@ -31,7 +31,7 @@ class LearnsPrompts(nn.Module):
             )
         self._is_prompt_learning = True
         PromptTuner.start(self, model)
-        self._tuner.inject_adapter(adapter_name, peft_config)
+        self._tuner.put_in(adapter_name, peft_config)
 
     @property
     def _has_prompt(self) -> bool:

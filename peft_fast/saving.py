@@ -13,18 +13,20 @@ from .config import CONFIG_NAME, PeftConfig
 from .files import write_together
 
 
-def write_adapter(directory: Path, base: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], safe: bool) -> None:
+def write_adapter(
+    directory: Path, base: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], safe: bool, with_card: bool = True
+) -> None:
     """Write `tensors` as `directory`'s adapter. `safe`: as safetensors. What was there is replaced only as a whole.
 
     Raises ValueError, before anything is written, for tensors that are shards of weights and not the weights.
     """
-    _check_whole(tensors)
+    _check_whole(config, tensors)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = ready_to_save(tensors)
     name = config.base_model_name_or_path or base_model_name(base)
     changes = {"inference_mode": True, "base_model_name_or_path": name, **_auto_mapping(config, base)}
     text = config.to_json(**changes)
-    card = card_text(directory, base, config)
+    card = card_text(directory, base, config) if with_card else None
 
     def write_tensors(path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"}) if safe else torch.save(tensors, path)
@@ -75,8 +77,10 @@ def _auto_mapping(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
     return {"auto_mapping": {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}}
 
 
-def _check_whole(tensors: dict[str, Tensor]) -> None:
-    empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
+def _check_whole(config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    # They leave nothing of a shape, either; a matrix without columns is one that has none (OFT's, of blocks of 1).
+    gone = [key for key, tensor in tensors.items() if tensor.numel() == 0 and tensor.dim() < 2]
+    empty = [key for key in gone if not config.may_be_empty(key)]
     if empty:
         raise ValueError(
             f"{len(empty)} tensors of the adapter are empty, such as {empty[0]}: DeepSpeed ZeRO-3 or FSDP holds their "

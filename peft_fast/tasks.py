@@ -166,7 +166,8 @@ class PeftModelForQuestionAnswering(_WithHead):
     """A model for extractive question answering with adapters. See PeftModel for the arguments.
 
     config: the base model's. cls_layer_name: where its `qa_outputs` are, which are trained and saved with each adapter.
-    `token_type_ids` and `position_ids` reach the base model; peft takes them and leaves them out.
+    `token_type_ids` and `position_ids` do not reach the base model, in peft neither: an adapter that was trained there
+    has never seen them. That is warned of; `model.base_model(...)` takes them.
     After a prompt that is no prefix, positions are counted from the prompt's first token, in what the model puts out
     and in what it is trained with, as in peft.
     """
@@ -191,8 +192,6 @@ class PeftModelForQuestionAnswering(_WithHead):
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             "start_positions": start_positions,
             "end_positions": end_positions,
@@ -200,6 +199,15 @@ class PeftModelForQuestionAnswering(_WithHead):
             "output_hidden_states": output_hidden_states,
             "return_dict": return_dict,
         }
+        places = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        if self._is_prompt_learning:
+            given |= places
+        elif left_out := [name for name, value in places.items() if value is not None]:
+            warnings.warn(
+                f"{' and '.join(left_out)} are left out, as in peft, so that its adapters give the same answers here: "
+                "call model.base_model(...) with them",
+                stacklevel=2,
+            )
         return self._call_base_model(given, task_ids, kwargs)
 
     def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:

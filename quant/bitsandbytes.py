@@ -19,6 +19,7 @@ Linear8bitLt
 import sys
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def read_linear(module: nn.Module) -> QuantizedWeight | None:
     if is_linear4bit(module):
         return _read_4bit(module)
     return _read_8bit(module) if is_kbit(module) else None
+
+
+def read_parameter(weight: nn.Parameter, state: Any = None) -> QuantizedWeight:
+    """The weight that a Params4bit is, or an Int8Params with the `state` of its layer: without a copy."""
+    layer: Any = SimpleNamespace(weight=weight, state=state)
+    return _read_8bit(layer) if type(weight).__name__ == "Int8Params" else _read_4bit(layer)
 
 
 def write_linear(module: nn.Module, weight: QuantizedWeight) -> None:

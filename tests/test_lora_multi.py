@@ -66,6 +66,13 @@ def test_reference_in_bf16(factors):
     check_against_fp64(case, "torch")
 
 
+@pytest.mark.slow
+def test_4096_adapters():
+    check_to_1e_5(
+        make_case(scattered(dict.fromkeys(range(4096), 1)), [(1, 2, 3)[t % 3] for t in range(4096)], 8, 4), "torch"
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter computes bf16 wrongly")
 @pytest.mark.parametrize("factors", [BF16, FP32])
@@ -157,6 +164,22 @@ def test_kept_for_backward_is_x_and_s():
         adapters = ops.Adapters(leaves[:2], leaves[2:4], case.scales, case.p)
         ops.lora_linear_multi(x, case.weight, adapters, case.segments, dropout_keys=case.keys)
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(64, 8)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_second_derivatives(p):
+    case = make_case(scattered({-1: 1, 0: 2, 1: 3}), [2, 1], K=6, N=4, p=(p, 0.0), dtype=torch.float64)
+    given = [case.x, *case.A, *case.B, case.bias]
+
+    def call(x, A0, A1, B0, B1, bias):
+        adapters = ops.Adapters([A0, A1], [B0, B1], case.scales, case.p)
+        return ops.lora_linear_multi(x, case.weight, adapters, case.segments, bias, dropout_keys=case.keys)
+
+    leaves = [leaf.detach().requires_grad_() for leaf in given]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    by_func = torch.func.grad(lambda x: call(x, *given[1:]).sin().sum())(case.x)
+    torch.testing.assert_close(by_func, torch.autograd.grad(call(*leaves).sin().sum(), leaves[0])[0])
 
 
 def opcheck_all(backend: str, device: str) -> None:

@@ -245,14 +245,6 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
         call(*parts, backend="triton")
 
 
-def test_there_is_no_second_derivative_and_it_says_so():
-    case = make_case(4, 32, 48, (2, 2, 2), FP32, FP32, "dense", 0.0)
-    leaves = case.fresh(["x"])
-    (dx,) = torch.autograd.grad(case.call(leaves).square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)

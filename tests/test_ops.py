@@ -307,14 +307,6 @@ def test_what_is_dropped_does_not_matter():
     assert reference.lora_down_backward(torch.randn(8, 4), x, torch.randn(4, 64), 0.5, key).isfinite().all()
 
 
-def test_there_is_no_second_derivative_and_it_says_so():
-    case = make_case(4, 32, 16, 2, torch.float32, torch.float32, "dense", 0.0)
-    leaves = case.leaves()
-    (dx,) = torch.autograd.grad(case.call("torch", leaves).square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_what_is_not_multiplied_in_is_refused():
     case = make_case(4, 32, 16, 2, torch.float32, torch.float32, "nf4", 0.0)
     x, W, A, B = case.x, case.weight, case.A, case.B

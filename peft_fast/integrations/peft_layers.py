@@ -25,6 +25,8 @@ from peft_fast.tuners.lora.members import JOINING
 class Accelerated:
     """What all of them have. `original_class` is peft's class of the layer."""
 
+    mixed_batch = None  # peft's own goes by an argument
+
     original_class: Any
     backend: str | None = None
 

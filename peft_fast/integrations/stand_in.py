@@ -28,17 +28,6 @@ from typing import Any
 
 VARIABLE = "PEFT_FAST_AS_PEFT"
 ASKERS = ("transformers", "trl", "accelerate", "diffusers")  # who imports peft if `is_peft_available()`
-# Classes that TRL and transformers import at the top of a module, to ask isinstance with them: while one is not built,
-# a class stands for it that nothing is an instance of.
-ASKED_FOR = ("LoKrConfig", "PeftMixedModel", "PrefixTuningConfig", "PromptLearningConfig")
-
-
-class _NotBuilt(type):
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(_missing("peft", cls.__name__))
-
-
-_not_built: dict[str, type] = {}
 
 
 def _missing(module: str, name: str) -> str:
@@ -63,8 +52,6 @@ class _StandIn(ModuleType):
         real = vars(self)["_real"]
         if hasattr(real, name):
             return getattr(real, name)
-        if self.__name__ == "peft" and name in ASKED_FOR:
-            return _not_built.setdefault(name, _NotBuilt(name, (), {"__module__": __name__}))
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         caller = inspect.currentframe()

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op
 from peft_fast.kernels import reference_dora
 from peft_fast.quant.weight import QuantizedWeight
 
+from . import plain
 from .checks import check_bias, check_device, check_floating
 from .library import define, resolve
 from .quant import dequantize, quant_matmul
@@ -64,12 +64,13 @@ class _ScaleColumns(torch.autograd.Function):
         return _scale(z, factor, bias, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         z, factor = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         grads: list[Tensor | None] = [None, None]
-        if any(needs):
+        if plain.is_differentiated_again():
+            grads = plain.gradients(lambda z, factor: plain.scale_columns(z, factor, None), [z, factor], needs, [dy])
+        elif any(needs):
             out = _scale_backward(dy, z, factor, needs, ctx.backend)
             grads = [g if need else None for g, need in zip(out, needs)]
         return *grads, dy.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None, None
@@ -86,6 +87,8 @@ def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None = None, *, back
         raise ValueError(f"factor must be [{N}], one value a feature, got {tuple(factor.shape)}")
     check_bias(bias, N)
     check_device(z, factor=factor, bias=bias)
+    if plain.is_transformed():
+        return plain.scale_columns(z, factor, bias)
     return _ScaleColumns.apply(z.reshape(-1, N), factor, bias, resolve(backend)).view(z.shape)
 
 

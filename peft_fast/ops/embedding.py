@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Choice, Op
 from peft_fast.kernels import reference_embedding
 
+from . import plain
 from .checks import check_device, check_floating
 from .library import define, resolve
 
@@ -96,16 +96,27 @@ class _LoraEmbedding(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         ids, A, B = ctx.saved_tensors
         scale, padding_idx, backend = ctx.settings
-        needs, grads = list(ctx.needs_input_grad[1:3]), [None, None]
-        if any(needs):
+        needs = list(ctx.needs_input_grad[1:3])
+        grads: list[Tensor | None] = [None, None]
+        again = plain.is_differentiated_again()
+        if again:
+            nothing = dy.new_zeros(())
+
+            def call(A: Tensor, B: Tensor) -> Tensor:
+                return plain.embedding_add(nothing, A, B, ids, scale, padding_idx)
+
+            grads = plain.gradients(call, [A, B], needs, [dy])
+        elif any(needs):
             out = _backward(dy, ids, A, B, scale, padding_idx, needs, backend)
             grads = [g if need else None for g, need in zip(out, needs)]
         base = dy if ctx.needs_input_grad[0] else None
-        if base is not None and ctx.vocabulary is not None:  # the table is frozen as a rule
+        if base is not None and ctx.vocabulary is not None and again:
+            rows = dy.masked_fill((ids == padding_idx)[:, None], 0)
+            base = dy.new_zeros(ctx.vocabulary, dy.shape[1]).index_add(0, ids, rows)
+        elif base is not None and ctx.vocabulary is not None:  # the table is frozen as a rule
             base = reference_embedding.segment_sum(dy, ids, ctx.vocabulary, padding_idx).to(dy.dtype)
         return base, *grads, None, None, None, None, None
 
@@ -180,4 +191,8 @@ def _run(
     if padding_idx is not None and not 0 <= padding < V:
         raise ValueError(f"padding_idx must be in [-{V}, {V}), got {padding_idx}")
     check_device(base, ids=ids, A=A, B=B)
+    if plain.is_transformed():
+        rows = ids.reshape(-1)
+        y = base if adds else torch.nn.functional.embedding(rows, base, None if padding < 0 else padding)
+        return plain.embedding_add(y, A, B, rows, scale, padding)
     return _LoraEmbedding.apply(base, A, B, ids.reshape(-1), scale, padding, adds, resolve(backend))

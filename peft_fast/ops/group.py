@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Route
 
+from . import plain
 from .checks import check_floating
 from .library import autocasting, define, product_dtype, resolve, resolve_route, weight_shape
 from .projection import (
@@ -111,10 +111,19 @@ class _LoraGroup(torch.autograd.Function):
         return tuple(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dy: Tensor | None) -> tuple:  # type: ignore[override]
         counts, *numbers, _, trained, backend, route = ctx.settings
         x, s, *tensors = ctx.saved_tensors
+        if plain.is_differentiated_again():
+            given = _filled(tensors, counts)
+            fmts, scales, ps, dtype = ctx.settings[1:5]
+
+            def call(x: Tensor, *given: Any) -> list[Tensor]:
+                return plain.group(x, counts, fmts, scales, ps, dtype, *given)
+
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            of_x, *of_given = plain.gradients(call, [x, *given], needs, dy)
+            return of_x, None, *of_given
         of_each = split(ctx.needs_input_grad[2:], counts)
         parts, used = restored(split(tensors, counts)), [j for j, d in enumerate(dy) if d is not None]
         needs = [ctx.needs_input_grad[0], *(need for j in used for need in of_each[j][:GRADIENTS])]
@@ -181,5 +190,9 @@ def lora_group(
         resolve(backend),
         resolve_route(route),
     )
-    y = _LoraGroup.apply(x.reshape(-1, x.shape[-1]), settings, *without_repetitions([part for part, _ in packed]))
+    rows = x.reshape(-1, x.shape[-1])
+    if plain.is_transformed():
+        y = plain.group(rows, *settings[:5], *(tensor for part, _ in packed for tensor in part))
+        return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]
+    y = _LoraGroup.apply(rows, settings, *without_repetitions([part for part, _ in packed]))
     return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
-from . import routes
+from . import plain, routes
 from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
@@ -108,16 +107,23 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         x, s, A, B, key, *weight = ctx.saved_tensors
         fmt, scale, p, trained, backend, route = ctx.settings
         needs = list(ctx.needs_input_grad[:3])
+        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+        if plain.is_differentiated_again():
+
+            def call(x: Tensor, A: Tensor, B: Tensor, *weight: Tensor) -> Tensor:
+                return plain.linear(x, A, B, None, scale, p, key, s.dtype, fmt, *weight)
+
+            of_weight = ctx.needs_input_grad[12:]
+            of_x, of_A, of_B, *of_W = plain.gradients(call, [x, A, B, *weight], [*needs, *of_weight], [dy])
+            return of_x, of_A, of_B, dbias, *(None,) * 8, *of_W
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
             out = _backward(dy, x, s, weight, fmt, A, B, scale, p, key, needs, trained, backend, route)
             grads = [g if need else None for g, need in zip(out, needs)]
-        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
         # The base is frozen as a rule; who unfreezes a dense one gets its gradient.
         dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if ctx.needs_input_grad[12] else None
         return *grads, dbias, *(None,) * 8, dW, *(None for _ in weight[1:])
@@ -167,15 +173,19 @@ def lora_linear(
     check_bias(bias, N)
     check_dropout(dropout_p, dropout_key)
     check_device(x, weight=tensors[0], A=A, B=B, bias=bias, dropout_key=dropout_key)
+    rows, key, dtype = x.reshape(-1, K), dropout_key if dropout_p else None, dtype or autocast_dtype
+    if plain.is_transformed():
+        y = plain.linear(rows, A, B, bias, scale, dropout_p, key, dtype, fmt, *tensors)
+        return y.view(*x.shape[:-1], N)
     y = _LoraLinear.apply(
-        x.reshape(-1, K),
+        rows,
         A,
         B,
         bias,
         scale,
         dropout_p,
-        dropout_key if dropout_p else None,
-        dtype or autocast_dtype,
+        key,
+        dtype,
         A.requires_grad or B.requires_grad,
         fmt,
         resolve(backend),

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op
 
+from . import plain
 from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import autocast, define, implementation, resolve
 
@@ -59,10 +59,12 @@ class _LoraDown(torch.autograd.Function):
         return _down(x, A, p, key, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, ds: Tensor) -> tuple:  # type: ignore[override]
         x, A, key = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
+        if plain.is_differentiated_again():
+            dx, dA = plain.gradients(lambda x, A: plain.down(x, A, ctx.p, key), [x, A], needs, [ds])
+            return dx, dA, None, None, None
         out = _down_backward(ds, x, A, ctx.p, key, needs, ctx.backend)
         return *(g if need else None for g, need in zip(out, needs)), None, None, None
 
@@ -86,7 +88,10 @@ def lora_down(
     check_dropout(dropout_p, dropout_key)
     check_device(x, A=A, dropout_key=dropout_key)
     key = dropout_key if dropout_p else None
-    s = _LoraDown.apply(x.reshape(-1, x.shape[-1]), A, dropout_p, key, resolve(backend))
+    rows = x.reshape(-1, x.shape[-1])
+    if plain.is_transformed():
+        return plain.down(rows, A, dropout_p, key).view(*x.shape[:-1], A.shape[0])
+    s = _LoraDown.apply(rows, A, dropout_p, key, resolve(backend))
     return s.view(*x.shape[:-1], A.shape[0])
 
 
@@ -120,12 +125,15 @@ class _LoraUpAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         s, B = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:3])
-        out = _up_backward(dy, s, B, ctx.scale, needs, ctx.backend)
         dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+        if plain.is_differentiated_again():
+            nothing = dy.new_zeros(())
+            ds, dB = plain.gradients(lambda s, B: plain.up_add(nothing, s, B, None, ctx.scale), [s, B], needs, [dy])
+            return dy, ds, dB, dbias, None, None
+        out = _up_backward(dy, s, B, ctx.scale, needs, ctx.backend)
         return dy, *(g if need else None for g, need in zip(out, needs)), dbias, None, None
 
 
@@ -146,5 +154,7 @@ def lora_up_add(
     check_device(y, s=s, B=B, bias=bias)
     if y.dtype != s.dtype:
         raise TypeError(f"y and s must have one dtype, got {y.dtype} and {s.dtype}: cast s")
+    if plain.is_transformed():
+        return plain.up_add(y, s, B, bias, scale)
     out = _LoraUpAdd.apply(y.reshape(-1, N), s.reshape(-1, R), B, bias, scale, resolve(backend))
     return out.view(y.shape)

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Op, Route
 
-from . import routes
+from . import plain, routes
 from .checks import check_floating
 from .library import (
     autocasting,
@@ -201,10 +200,18 @@ class _LoraMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         fmts, scales, ps, activation, _, _, recompute, trained, backend, route, counts = ctx.settings
         x, g, u, s, s_down, *tensors = ctx.saved_tensors
+        if plain.is_differentiated_again():
+            given = [tensor for part in restored(split(tensors, counts)) for tensor in part]
+
+            def call(x: Tensor, *given: Any) -> Tensor:
+                return plain.mlp(x, counts, fmts, scales, ps, activation, ctx.settings[4], *given)
+
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            of_x, *of_given = plain.gradients(call, [x, *given], needs, [dy])
+            return of_x, None, *of_given
         if recompute:
             g = u = s = s_down = x.new_empty(0)
         projections = restored(split(tensors, counts))
@@ -277,6 +284,11 @@ def lora_mlp(
         resolve_route(route),
         [len(part) for part, _ in packed],
     )
+    if plain.is_transformed():
+        numbers = *settings[:3], activation, dtype or autocast_dtype
+        given = (tensor for part, _ in packed for tensor in part)
+        y = plain.mlp(x.reshape(-1, x.shape[-1]), settings[-1], *numbers, *given)
+        return y.view(*x.shape[:-1], y.shape[-1])
     y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), settings, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
 

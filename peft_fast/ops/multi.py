@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend, Choice, Op
 from peft_fast.kernels import reference_multi
 from peft_fast.kernels.segments import Constant, Drop, Segments, of_rows, of_samples
 from peft_fast.quant.weight import QuantizedWeight
 
-from . import routes
+from . import plain, routes
 from .checks import FLOATS, check_bias, check_device, check_floating
 from .library import IMPLEMENTATIONS, autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
 
@@ -237,7 +236,6 @@ class _LoraLinearMulti(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         x, s, keys, order, *tensors = ctx.saved_tensors
         count, fmt, lengths, scales, ps, backend = ctx.settings
@@ -245,6 +243,16 @@ class _LoraLinearMulti(torch.autograd.Function):
         of = ctx.needs_input_grad
         of_A, of_B = of[6 : 6 + count], of[6 + count : 6 + 2 * count]
         needs = [of[0], any(of_A), any(of_B)]
+        dbias = dy.sum(0) if of[1] else None
+        if plain.is_differentiated_again():
+            segments, drop = Segments(order, tuple(lengths), x.shape[0]), Drop(tuple(ps), keys)
+
+            def call(x: Tensor, *given: Tensor) -> Tensor:
+                A, B, weight = given[:count], given[count : 2 * count], given[2 * count :]
+                return plain.linear_multi(x, A, B, None, segments, scales, drop, s.dtype, fmt, weight)
+
+            first, *others = plain.gradients(call, [x, *tensors], [of[0], *of[6:]], [dy])
+            return first, dbias, *(None,) * 4, *others
         dx: Tensor | None = None
         grads: list[Tensor | None] = [None] * (2 * count)
         if any(needs):
@@ -254,7 +262,6 @@ class _LoraLinearMulti(torch.autograd.Function):
                     parts = reference_multi.separated(flat[i], factors)
                     own = [g.to(f.dtype) if want else None for g, f, want in zip(parts, factors, wanted)]
                     grads[i * count : (i + 1) * count] = own
-        dbias = dy.sum(0) if of[1] else None
         dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if weight and of[6 + 2 * count] else None
         return (
             dx if of[0] else None,
@@ -304,7 +311,10 @@ def lora_linear_multi(
     keys, kind, backend = dropout_keys if adapters.drops else None, dtype or kind, resolve(backend)
     rows = x.reshape(-1, K)
     numbers = segments.lengths, adapters.scales, adapters.p
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if plain.is_transformed():
+        drop = Drop(adapters.p, keys)
+        y = plain.linear_multi(rows, adapters.A, adapters.B, bias, segments, adapters.scales, drop, kind, fmt, tensors)
+    elif torch.is_grad_enabled() or torch.compiler.is_compiling():
         settings = len(adapters.A), fmt, *map(list, numbers), backend
         y = _LoraLinearMulti.apply(rows, bias, keys, segments.order, settings, kind, *adapters.A, *adapters.B, *tensors)
     else:  # the op itself would get lists of A and B that nothing can be kept in

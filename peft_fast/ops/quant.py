@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Backend
 from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
 
-from . import routes
+from . import plain, routes
 from .checks import check_bias, check_device, check_floating
 from .library import autocast, define, flatten, resolve, unflatten
 
@@ -89,10 +88,13 @@ class _QuantMatmul(torch.autograd.Function):
         return _quant_matmul(x, list(weight), fmt, bias, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         weight = list(ctx.saved_tensors)
-        dx = _quant_matmul_dx(dy, weight, ctx.fmt, ctx.backend) if ctx.needs_input_grad[0] else None
+        dx: Tensor | None = None
+        if ctx.needs_input_grad[0] and plain.is_differentiated_again():
+            dx = dy @ plain.dense(weight, ctx.fmt, dy.dtype)
+        elif ctx.needs_input_grad[0]:
+            dx = _quant_matmul_dx(dy, weight, ctx.fmt, ctx.backend)
         dbias = dy.sum(0) if ctx.needs_input_grad[1] else None
         return dx, dbias, None, None, *(None for _ in weight)
 
@@ -112,5 +114,7 @@ def quant_matmul(
     check_device(x, weight=weight.data, bias=bias)
     x = autocast(x)
     tensors, fmt = flatten(weight)
+    if plain.is_transformed():
+        return plain.linear(x, None, None, bias, 1.0, 0.0, None, x.dtype, fmt, *tensors)
     y = _QuantMatmul.apply(x.reshape(-1, K), bias, fmt, resolve(backend), *tensors)
     return y.view(*x.shape[:-1], N)

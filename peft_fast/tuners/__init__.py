@@ -3,21 +3,49 @@
 from peft_fast.config import PeftConfig, PromptLearningConfig
 from peft_fast.peft_types import PeftType
 
+from .adalora import AdaLoraConfig, AdaLoraModel
+from .adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .base import BaseTuner
+from .boft import BOFTConfig, BOFTModel
+from .cartridge import CartridgeConfig, CartridgeEncoder
 from .cpt import CPTConfig, CPTEmbedding
+from .fourierft import FourierFTConfig, FourierFTModel
+from .hra import HRAConfig, HRAModel
+from .ia3 import IA3Config, IA3Model
 from .layer import AdapterHolder, BaseTunerLayer
+from .ln_tuning import LNTuningConfig, LNTuningModel
 from .loha import LoHaConfig, LoHaModel
-from .lora import LoraConfig, LoraModel
+from .lokr import LoKrConfig, LoKrModel
+from .lora import LoftQConfig, LoraConfig, LoraGAConfig, LoraModel, LoraRuntimeConfig, preprocess_loraga
+from .mixed import MixedModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from .oft import OFTConfig, OFTModel
 from .p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .prompt_learning import BasePromptEncoder, PromptTuner
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .randlora import RandLoraConfig, RandLoraModel
+from .shira import ShiraConfig, ShiraModel
+from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
+from .vera import VeraConfig, VeraModel
 
 METHODS: dict[PeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     PeftType.LORA: (LoraConfig, LoraModel),
     PeftType.LOHA: (LoHaConfig, LoHaModel),
+    PeftType.OFT: (OFTConfig, OFTModel),
+    PeftType.FOURIERFT: (FourierFTConfig, FourierFTModel),
+    PeftType.RANDLORA: (RandLoraConfig, RandLoraModel),
+    PeftType.BOFT: (BOFTConfig, BOFTModel),
+    PeftType.HRA: (HRAConfig, HRAModel),
+    PeftType.ADAPTION_PROMPT: (AdaptionPromptConfig, AdaptionPromptModel),
+    PeftType.IA3: (IA3Config, IA3Model),
+    PeftType.VERA: (VeraConfig, VeraModel),
+    PeftType.ADALORA: (AdaLoraConfig, AdaLoraModel),
+    PeftType.LOKR: (LoKrConfig, LoKrModel),
+    PeftType.LN_TUNING: (LNTuningConfig, LNTuningModel),
+    PeftType.TRAINABLE_TOKENS: (TrainableTokensConfig, TrainableTokensModel),
+    PeftType.SHIRA: (ShiraConfig, ShiraModel),
 }
 PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePromptEncoder]]] = {
     PeftType.PROMPT_TUNING: (PromptTuningConfig, PromptEmbedding),
@@ -25,6 +53,7 @@ PROMPT_METHODS: dict[PeftType, tuple[type[PromptLearningConfig], type[BasePrompt
     PeftType.P_TUNING: (PromptEncoderConfig, PromptEncoder),
     PeftType.PREFIX_TUNING: (PrefixTuningConfig, PrefixEncoder),
     PeftType.CPT: (CPTConfig, CPTEmbedding),
+    PeftType.CARTRIDGE: (CartridgeConfig, CartridgeEncoder),
 }
 
 
@@ -72,20 +101,44 @@ def _method(
 __all__ = [
     "METHODS",
     "PROMPT_METHODS",
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterHolder",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
+    "BOFTConfig",
+    "BOFTModel",
     "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
     "CPTConfig",
     "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
+    "FourierFTConfig",
+    "FourierFTModel",
+    "HRAConfig",
+    "HRAModel",
+    "IA3Config",
+    "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
+    "MixedModel",
     "ModulesToSaveWrapper",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "OFTConfig",
+    "OFTModel",
     "PrefixEncoder",
     "PrefixTuningConfig",
     "PromptEmbedding",
@@ -95,8 +148,17 @@ __all__ = [
     "PromptTuner",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
+    "RandLoraModel",
+    "ShiraConfig",
+    "ShiraModel",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
+    "VeraConfig",
+    "VeraModel",
     "config_class",
     "method_class",
+    "preprocess_loraga",
     "prompt_encoder_class",
     "tuner_class",
 ]

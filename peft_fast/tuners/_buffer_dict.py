@@ -27,6 +27,14 @@ class BufferDict(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]
 
+    def pop(self, name: str) -> Tensor:
+        tensor = self[name]
+        del self[name]
+        return tensor
+
+    def clear(self) -> None:
+        self._buffers.clear()
+
     def __delitem__(self, name: str) -> None:
         delattr(self, name)
 

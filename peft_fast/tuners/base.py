@@ -2,8 +2,9 @@
 
 A method is a config class, its layer classes, and a subclass of BaseTuner that says
 
-    prefix, target_module_mapping                   what its parameters are called, what it adapts unasked
-    adapt(target, path, adapter_name, config)       the layer that takes the place of `target`
+    prefix, target_module_mapping       what its parameters are called, what it adapts unasked
+    layer_classes                       {kind of layer of the base model: the class that takes its place}
+    layer_options(path, config)         what such a layer is made with, beside its config
 
 and gets from here: which modules are meant, putting layers in and taking them out, what is trainable, activation,
 merging, and the keys of its files. Everything that changes the structure of the model happens completely or not at all.
@@ -12,34 +13,39 @@ merging, and the keys of its files. Everything that changes the structure of the
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from peft_fast.config import PeftConfig
 from peft_fast.quant import bitsandbytes
 from peft_fast.transaction import unchanged_on_error
 
 from .auxiliary import Auxiliary, bias_keys, check_biases
-from .base_weight import HALF_DTYPES
+from .base_weight import HALF_DTYPES, is_conv1d
+from .kinds import layer_class
 from .layer import AdapterHolder, BaseTunerLayer, holders_in
 from .matching import adaptable_paths, find_targets, resolved_targets, targets_in
-from .merge_16bit import merge_to_16bit
+from .merging import Merging
 from .modules_to_save import ModulesToSaveWrapper
-from .names import check_adapter_name, list_of_names
+from .names import check_adapter_name
+from .options import set_fan_in_fan_out
 from .slow_patterns import check_patterns_end
-from .tied import note_untied, plan_ties, warn_of_adapting, warn_of_merging
-from .trainable_tokens.wrapper import TrainableTokensWrapper
+from .tied import plan_ties, warn_of_adapting
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(Merging):
     """`model` with the adapters of `peft_config` in it; attributes that this class lacks are the model's."""
 
     prefix: str
     uses_shared_state = False  # whether its layers share weights that are not theirs alone (VeRA's projections)
     target_module_mapping: Mapping[str, list[str] | str]
+    # nn.Linear stands for k-bit linear layers too, and for transformers' Conv1D where `adapts_conv1d`.
+    layer_classes: ClassVar[Mapping[type[nn.Module], type[BaseTunerLayer]]] = {}
+    adapts_conv1d = False
+    is_mixed = False  # whether other methods' adapters may be in the model too (mixed.py)
+    minds_ties = True  # whether it warns of layers that share their weight with others
 
     def __init__(
         self,
@@ -52,7 +58,7 @@ class BaseTuner(nn.Module):
     ) -> None:
         self._start(model, {}, [adapter_name])
         config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        self.inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     @classmethod
     def around(cls, model: nn.Module, peft_config: dict[str, PeftConfig]) -> "BaseTuner":
@@ -75,8 +81,29 @@ class BaseTuner(nn.Module):
     def active_adapter(self) -> list[str]:
         return self.active_adapters
 
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        """Which adapters a call without names means, and new layers start with; the layers that are there stay."""
+        self.active_adapters = [names] if isinstance(names, str) else list(names)
+
     def adapt(self, target: nn.Module, path: str, adapter_name: str, config: Any) -> nn.Module:
-        raise NotImplementedError  # the layer with the new adapter in it: one around `target`, or itself if it is ours
+        """The layer with the new adapter in it: one around `target`, or `target` itself if it is ours."""
+        options = self.layer_options(path, config)
+        if type(target) in self.layer_classes.values():
+            layer: Any = target
+            layer.update_layer(adapter_name, config=config, **options)
+            return layer
+        cls: Any = layer_class(self, target, path)
+        if hasattr(config, "fan_in_fan_out"):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            set_fan_in_fan_out(config, is_conv1d(base))
+        return cls(target, adapter_name, config=config, **options)
+
+    def before_layers(self, adapter_name: str, config: Any, paths: list[str]) -> None:
+        """Called before the layers at `paths` are adapted: for what they share."""
+
+    def layer_options(self, path: str, config: Any) -> dict[str, Any]:
+        return {}
 
     def find_parameters(self, config: Any, state_dict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []  # (path of the module, name) of parameters that are to be adapted though they are no layers'
@@ -92,7 +119,13 @@ class BaseTuner(nn.Module):
         """Raise ValueError where layers as `config` wants them cannot be those of a file with these tensors: before
         memory is taken for them. Methods with a size in their config say what it may be."""
 
-    def inject_adapter(
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """The options of a model's config; {"model_type": "custom"} for a model without one."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -122,6 +155,7 @@ class BaseTuner(nn.Module):
         with unchanged_on_error(self), torch.device("meta") if low_cpu_mem_usage else nullcontext():
             self._keep_unpacked()
             self._tied_targets = ties.targets
+            self.before_layers(adapter_name, config, paths)
             adapted: dict[nn.Module, nn.Module] = {}  # a module under several names gets one layer
             for path in self.steps(paths, config):
                 target = self.model.get_submodule(path)
@@ -135,12 +169,35 @@ class BaseTuner(nn.Module):
             if autocast_adapter_dtype:
                 self._cast_to_float32(adapter_name)
             self._start_adapter(adapter_name, config, active, before, kept)
-        if not (ties.targets or ties.saved):
+        if self.minds_ties and not (ties.targets or ties.saved):
             warn_of_adapting(self.model, [*paths, *auxiliary.saved])
         config.target_modules, config.modules_to_save = ties.target_modules, ties.modules_to_save
         self.peft_config[adapter_name] = config
         self.active_adapters = active
         self.targeted_module_names += [path for path in paths if path not in self.targeted_module_names]
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """peft's way to `put_in`: the config is in `self.peft_config` already, under the adapter's name.
+
+        `model`: the one that this tuner is for. Raises KeyError without such a config, ValueError as `put_in` does.
+        """
+        if model is not self.model and self not in model.modules():
+            raise ValueError(
+                f"inject_adapter changes the model of this {type(self).__name__}, got another {type(model).__name__}"
+            )
+        config = self.peft_config[adapter_name]
+        if any(adapter_name in holder.available_adapters() for _, holder in self.holders()):
+            raise ValueError(f"adapter {adapter_name!r} is in the model already: delete it first")
+        with unchanged_on_error(self, config):
+            del self.peft_config[adapter_name]
+            self.put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _start_adapter(self, name: str, config: Any, active: list[str], before: set[Any], kept: list[Any]) -> None:
         """Say what is active and trainable. `before`: the holders of before; `kept`: what was trained then, or not."""
@@ -187,7 +244,7 @@ class BaseTuner(nn.Module):
 
     def _cast_to_float32(self, adapter_name: str) -> None:
         for parameter in (p for _, layer in self.layers() for p in layer.adapter_parameters(adapter_name)):
-            if parameter.dtype in HALF_DTYPES:
+            if parameter.dtype in HALF_DTYPES or parameter.dtype.itemsize == 1:  # of 8 bits: of layerwise casting
                 parameter.data = parameter.data.float()
 
     def _freeze_base(self, config: Any) -> None:
@@ -259,98 +316,6 @@ class BaseTuner(nn.Module):
         if unknown:
             raise ValueError(f"adapter {unknown[0]!r} does not exist: there are {sorted(self.peft_config)}")
 
-    def merge_adapter(
-        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, progressbar: bool = False
-    ) -> None:
-        """Merge adapters (the active ones unless named) into the base weights, keeping them for `unmerge_adapter`.
-
-        With `safe_merge` every layer is tried before any is changed: a ValueError leaves all weights as they were.
-        k-bit layers, which cannot hold inf and NaN, are tried always.
-        """
-        self._merge(adapter_names, safe_merge, progressbar, undoable=True)
-
-    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool, undoable: bool) -> None:
-        self._check_known(list_of_names("adapter_names", adapter_names or []))
-        warn_of_merging(self.model)
-        plans = [(path, layer, layer.adapters_to_merge(adapter_names)) for path, layer in self.layers()]
-        for path, layer, names in plans:
-            if (safe_merge or layer.is_kbit) and (problem := layer.merge_problem(names)):
-                raise ValueError(f"{path}: {problem}")
-        for _, layer, names in tqdm(plans, desc="merging", disable=not progressbar):
-            layer.add_to_base(names, undoable)
-
-    def unmerge_adapter(self) -> None:
-        """Take what is merged out of the base weights again. Warns where nothing is."""
-        if not any(layer.merged for _, layer in self.layers()):
-            warnings.warn("no adapter is merged: there is nothing to unmerge", stacklevel=2)
-        self._unmerge()
-
-    def _unmerge(self) -> None:
-        for _, layer in self.layers():
-            if layer.merged:
-                layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """The base model with the adapters (the active ones unless named) merged in, and none of our layers left.
-
-        Of a module in modules_to_save the copy of these adapters stays. Raises ValueError where two of them have one.
-        """
-        names = self._names_to_merge(adapter_names)
-        self._merge(adapter_names, safe_merge, progressbar, undoable=False)
-        model = self._unload(names)
-        note_untied(model)
-        return model
-
-    def merge_to_16bit(
-        self, dtype: torch.dtype = torch.bfloat16, adapter_names: Sequence[str] | None = None, progressbar: bool = True
-    ) -> nn.Module:
-        """The base model as a plain one of `dtype`, bf16 or fp16, with the adapters (the active ones unless named)
-        merged in; for k-bit models: nothing is quantised again.
-
-        Every weight is the fp32 sum of the exact base weight and the adapters, rounded once. k-bit layers become
-        nn.Linear, or transformers' Conv1D where they came from one; norms and embeddings are cast. `save_pretrained`
-        writes the result without a quantization_config, and `from_pretrained` loads it. Takes 2 bytes a weight beside
-        the k-bit model, which is kept until the end: a ValueError (a dtype or a model that this is not for, a broken
-        adapter) or running out of memory leaves everything as it was.
-        """
-        merge_to_16bit(self.model, self._names_to_merge(adapter_names), dtype, progressbar)
-        self._allow_repacking()
-        return self.model
-
-    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        """These adapters (None: the active ones) and those merged already; ValueError where they exclude each other."""
-        wanted = self.active_adapters if adapter_names is None else list_of_names("adapter_names", adapter_names)
-        self._check_known(wanted)
-        names = list(dict.fromkeys([*wanted, *(n for _, layer in self.layers() for n in layer.merged_adapters)]))
-        for _, holder in self.holders():
-            holder.check_set_adapter(names)
-        return names
-
-    def unload(self) -> nn.Module:
-        """The base model as it was before, without any of our layers; merged adapters are unmerged first, with a
-        warning."""
-        if any(layer.merged for _, layer in self.layers()):
-            warnings.warn(
-                "unload() gives the base model as it was: merged adapters are unmerged. merge_and_unload() keeps them",
-                stacklevel=2,
-            )
-        self._unmerge()
-        return self._unload([])
-
-    def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
-        # From the inside out: the path of what lies in a layer is gone with the layer.
-        for path, holder in reversed(list(self.model.named_modules(remove_duplicate=False))):
-            if isinstance(holder, BaseTunerLayer):
-                self._replace(path, holder.base_layer)
-            elif isinstance(holder, ModulesToSaveWrapper):
-                self._replace(path, holder.module_of(with_copies_of))
-            elif isinstance(holder, TrainableTokensWrapper):
-                self._replace(path, holder.token_adapter)  # which is the layer itself by now
-        self._allow_repacking()
-        return self.model
-
     def _keep_unpacked(self) -> None:
         """Keep bitsandbytes' 4-bit layers, adapted or not, from repacking their weights in eval mode on a CPU: after
         that no gradient passes them, and training learns next to nothing, silently (quant/bitsandbytes.py)."""
@@ -361,7 +326,7 @@ class BaseTuner(nn.Module):
             bitsandbytes.allow_repacking(layer)
         self._kept_unpacked.clear()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
     def state_keys(self, adapter_name: str) -> dict[str, str]:
@@ -373,6 +338,19 @@ class BaseTuner(nn.Module):
             for in_file, in_model in holder.adapter_state_keys(adapter_name).items()
         }
         return keys | {key: key for key in bias_keys(self, self.peft_config[adapter_name])}
+
+    def shared_keys(self, adapter_name: str, prefix: str) -> dict[str, str]:
+        """{key in the adapter's file: name in the PeftModel} of what its layers share. `prefix`: of self.model."""
+        return {}
+
+    def to_file(self, adapter_name: str, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return tensors  # as they go into the adapter's file; keys begin with `prefix`
+
+    def config_for_file(self, adapter_name: str) -> Any:
+        return self.peft_config[adapter_name]
+
+    def check_values(self, values: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for tensors of a file, by name in self.model, that have the right shapes and no sense."""
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         """(path, module) of everything that holds adapters."""

@@ -18,6 +18,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 
+from ._buffer_dict import BufferDict
 from .base_weight import base_weight, can_hold, check_writable, clone, set_base_weight, set_quantized_weight
 from .offload import home, onloaded
 
@@ -152,7 +153,8 @@ class BaseTunerLayer(AdapterHolder):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[QuantizedWeight, Tensor | None] | None = None  # a k-bit base and its bias, while merged
+        # A base and its bias while something is merged that cannot be taken out of it again: see must_keep_base.
+        self._unmerged: tuple[QuantizedWeight | Tensor, Tensor | None] | None = None
 
     def get_base_layer(self) -> nn.Module:
         """The layer of the base model itself, through any tuner layers in between."""
@@ -227,6 +229,17 @@ class BaseTunerLayer(AdapterHolder):
                     container[adapter_name] = nn.Parameter(moved, requires_grad=weights.requires_grad)
             else:
                 container[adapter_name] = container[adapter_name].to(device, None if keep_dtype else dtype)
+        self._place_buffers(adapter_name, device, None if keep_dtype or self.is_kbit else dtype)
+
+    def _place_buffers(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        if device.type == "meta":
+            return
+        for attribute in self.other_param_names:
+            container = getattr(self, attribute)
+            if isinstance(container, BufferDict) and adapter_name in container:
+                tensor = container[adapter_name]
+                if not tensor.is_meta:
+                    container[adapter_name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add adapters (the active ones unless named) to the base weight; forward is the base layer's from then on.
@@ -251,10 +264,14 @@ class BaseTunerLayer(AdapterHolder):
         else:
             base: Any = self.get_base_layer()
             weight, bias = self._unmerged
-            set_quantized_weight(base, weight.to(self.base_weight().device))
-            if bias is not None:
-                base.bias.copy_(bias)
-            self.base_changed()
+            if isinstance(weight, QuantizedWeight):
+                set_quantized_weight(base, weight.to(self.base_weight().device))
+                if bias is not None:
+                    base.bias.copy_(bias)
+                self.base_changed()
+            else:
+                with onloaded(base, changed=True):
+                    self._write_base(weight, bias)
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -302,14 +319,28 @@ class BaseTunerLayer(AdapterHolder):
         """
         if not adapter_names:
             return
-        weight = self.base_weight()
-        if isinstance(weight, QuantizedWeight):
-            if undoable and not self.merged:
-                self._unmerged = clone(weight), None if self.bias is None else self.bias.clone()
+        if undoable and self._unmerged is None and self.must_keep_base(adapter_names):
+            self._unmerged = self._exact_base()
+        if self.is_kbit:
             warnings.warn("merging into a k-bit weight rounds the sum to its few values: outputs change", stacklevel=3)
         with onloaded(self.get_base_layer(), changed=True):
             self._write_base(*self.shifted_base(adapter_names))
         self.merged_adapters += adapter_names
+
+    def must_keep_base(self, adapter_names: Sequence[str]) -> bool:
+        """Whether merging these adapters loses what the base weight was."""
+        return self.is_kbit
+
+    def _exact_base(self) -> tuple[QuantizedWeight | Tensor, Tensor | None]:
+        """Copies of the base weight and its bias as they are without any adapter."""
+        weight, bias = self.base_weight(), self.bias
+        if not isinstance(weight, QuantizedWeight):
+            with onloaded(self.get_base_layer()):
+                weight, new = self.shifted_base(self.merged_adapters, -1)
+                bias = self.bias if new is None else new
+                weight = weight.to(self.weight.dtype, copy=True)
+        copied = clone(weight) if isinstance(weight, QuantizedWeight) else weight
+        return copied, None if bias is None else bias.detach().clone()
 
     @torch.no_grad()
     def shifted_base(self, adapter_names: Sequence[str], sign: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -326,12 +357,14 @@ class BaseTunerLayer(AdapterHolder):
         dense = ops.dequantize(weight, torch.float32) if isinstance(weight, QuantizedWeight) else weight
         total = dense.to(torch.promote_types(dense.dtype, torch.float32))
         total = self.shifted_weight(total, names, sign)
-        changed = False
-        for name in names:
-            change = self.get_delta_bias(name)
-            if change is not None:
-                bias, changed = bias + sign * change, True  # type: ignore[operator]
-        return total, bias if changed else None
+        return total, self.shifted_bias(bias, names, sign)
+
+    def shifted_bias(self, bias: Tensor | None, adapter_names: Sequence[str], sign: int) -> Tensor | None:
+        """The bias likewise, or None where the adapters leave it alone."""
+        changes = [change for name in adapter_names if (change := self.get_delta_bias(name)) is not None]
+        for change in changes:
+            bias = bias + sign * change  # type: ignore[operator]
+        return bias if changes else None
 
     def shifted_weight(self, weight: Tensor, adapter_names: Sequence[str], sign: int) -> Tensor:
         """The unrounded `weight` with these adapters merged into it, or with sign -1 without them again."""

@@ -16,6 +16,7 @@ from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import is_inside_named
 
 ALL_LINEAR = "all-linear"
+MANY = 20
 CLASSIFIERS = ("score", "classifier")  # what models for SEQ_CLS call their head
 Value = TypeVar("Value")
 
@@ -73,11 +74,16 @@ def find_targets(
     if excluded and not any(matches(excluded, path) for path in paths):
         warnings.warn(f"exclude_modules {_shown(excluded)} match nothing", stacklevel=2)
     met = [*found, *parameters]
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in getattr(config, "patterns", ("rank_pattern", "alpha_pattern")):
         keys = [key for key in getattr(config, option, {}) if not any(by_pattern({key: True}, p, False) for p in met)]
         if keys:
             warnings.warn(f"{option} keys {_shown(keys)} match no target", RuntimeWarning, stacklevel=2)
     return found
+
+
+def is_meant(config: Any, path: str, target_modules: Collection[str] | str) -> bool:
+    """Whether the names in a config mean the module at this path."""
+    return matches(target_modules, path) and _is_wanted(config, path, target_modules)
 
 
 _FILTERS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
@@ -113,7 +119,10 @@ def resolved_targets(
     by_model_type: Mapping[str, list[str] | str],
     task_type: str | None = None,
 ) -> set[str] | str:
-    """target_modules as names or an expression; None means what `by_model_type` says, or a ValueError."""
+    """target_modules as names or an expression; None means what `by_model_type` says, or a ValueError.
+
+    MANY names and more are shortened, as in peft: an adapter for every layer of a large model has a short config.
+    """
     if targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = by_model_type.get(str(model_type))
@@ -122,9 +131,10 @@ def resolved_targets(
                 f"target_modules must be given for a model of type {model_type!r}: there is no default for it; "
                 f"{ALL_LINEAR!r} takes every linear layer but the output"
             )
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return all_linear(model, task_type)
-    return targets if isinstance(targets, str) else set(targets)
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        return targets
+    names = all_linear(model, task_type) if isinstance(targets, str) else set(targets)
+    return names if len(names) < MANY else shortest(names, adaptable_paths(model))
 
 
 def adaptable_paths(model: nn.Module) -> list[str]:
@@ -141,8 +151,7 @@ def adaptable_paths(model: nn.Module) -> list[str]:
 
 
 def all_linear(model: nn.Module, task_type: str | None = None) -> set[str]:
-    """The linear layers of the model but its output layer, or its classifier, by the shortest names that mean exactly
-    these."""
+    """The paths of the model's linear layers but its output layer, or its classifier."""
     heads = [embedding_of(model, "get_output_embeddings")]
     if task_type == TaskType.SEQ_CLS:
         heads.append(next((m for name in CLASSIFIERS if (m := getattr(model, name, None)) is not None), None))
@@ -150,8 +159,13 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> set[str]:
     linear = [path for path in paths if (m := model.get_submodule(path)) not in heads and _is_linear(m)]
     if not linear:
         raise ValueError(f"target_modules {ALL_LINEAR!r} found no linear layer in {type(model).__name__}")
-    ambiguous = {end for path in set(paths) - set(linear) for end in ends(path)}
-    return {next((end for end in ends(path) if end not in ambiguous), path) for path in linear}
+    return set(linear)
+
+
+def shortest(names: Collection[str], paths: Collection[str]) -> set[str]:
+    """The shortest names that mean those of `paths` that `names` mean, and no others."""
+    ambiguous = {end for path in paths if not matches(names, path) for end in ends(path)}
+    return {next((end for end in ends(name) if end not in ambiguous), name) for name in names}
 
 
 def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:

@@ -117,8 +117,9 @@ def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def check_trainable(path: str, module: nn.Module) -> None:
+def check_trainable(path: str, module: nn.Module, option: str = "modules_to_save") -> None:
+    """Raise ValueError where a copy of the module could not be trained in its place."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BaseTunerLayer)):
-        raise ValueError(f"modules_to_save cannot hold {path}: a {type(module).__name__} is not called as a module")
+        raise ValueError(f"{option} cannot hold {path}: a {type(module).__name__} is not called as a module")
     if any(quantized_weight(inner) is not None for inner in module.modules()):
-        raise ValueError(f"modules_to_save cannot hold {path}: its k-bit weight cannot be trained; keep it unquantised")
+        raise ValueError(f"{option} cannot hold {path}: its k-bit weight cannot be trained; keep it unquantised")

@@ -7,8 +7,8 @@ from torch import nn
 
 
 def without_compiling(model: Any) -> Any:
-    """The model inside of what torch.compile made of it."""
-    return getattr(model, "_orig_mod", model)
+    """The model inside of what torch.compile made of it; not of what it made of a part of the model."""
+    return vars(model).get("_modules", {}).get("_orig_mod", model)
 
 
 def list_of_names(argument: str, names: Sequence[str]) -> Sequence[str]:

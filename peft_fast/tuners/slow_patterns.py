@@ -36,7 +36,8 @@ def check_patterns_end(config: Any, paths: Iterable[str]) -> None:
 def _patterns(config: Any) -> list[tuple[str, str]]:
     """(option, expression): strings are expressions, in lists only those of layers_pattern, and keys of *_pattern."""
     found: list[tuple[str, str]] = []
-    for option in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+    names = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+    for option in (*names, "rank_pattern", "alpha_pattern", "n_frequency_pattern"):
         value = getattr(config, option, None)
         if isinstance(value, str):
             found.append((option, value))

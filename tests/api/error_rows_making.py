@@ -124,8 +124,17 @@ CONFIGS = [
         ("written by peft 9.0", "does not know", "['new']"),
     ),
     Row(
-        "an unknown option in a file of a version that is known",
+        "an unknown option in a file that does not say its version",
         lambda l, t: l.PeftConfig.from_pretrained(write(t.folder, '{"peft_type": "LORA", "rnak": 1}')),
+        UserWarning,
+        "Unexpected keyword arguments",
+        ("a version of peft that it does not name", "does not know", "['rnak']"),
+    ),
+    Row(
+        "an unknown option in a file of a version that is known",
+        lambda l, t: l.PeftConfig.from_pretrained(
+            write(t.folder, '{"peft_type": "LORA", "rnak": 1, "peft_version": "0.21.2"}')
+        ),
         UserWarning,
         "Unexpected keyword arguments",
         ("unknown config key", "'rnak'", "Its options are"),

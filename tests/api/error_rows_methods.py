@@ -61,7 +61,7 @@ METHODS = [
         ),
         ValueError,
         "is not compatible with the `PeftMixedModel`",
-        ("a mixed model can have adapters of the methods LORA, LOHA, got", "PROMPT_TUNING"),
+        ("a mixed model can have adapters of the methods LORA, LOHA", "got", "PROMPT_TUNING"),
     ),
     Row(
         "a mixed model's unknown adapter",

@@ -4,10 +4,12 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
+from error_rows_attention import PROMPTS_IN_ATTENTION
 from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
+from error_rows_layers import LAYERS, NAMES
 from error_rows_life import LIFE
 from error_rows_lora import COMBINATIONS, CONVERSIONS, STARTS
 from error_rows_making import CONFIGS, MAKING
@@ -15,6 +17,8 @@ from error_rows_methods import METHODS
 from error_rows_parameters import PARAMETERS
 from error_rows_prompts import PROMPTS
 from error_rows_tokens import TOKENS
+from error_rows_tuners import TUNERS
+from error_rows_types_b import TYPES_B
 from error_tools import Row, Tools
 
 TABLE: dict[str, list[Row]] = {
@@ -30,6 +34,11 @@ TABLE: dict[str, list[Row]] = {
     "Parameters and offloading": PARAMETERS,
     "Learned prompts": PROMPTS,
     "Other methods": METHODS,
+    "Layers": LAYERS,
+    "Names": NAMES,
+    "Rotations and research methods": TYPES_B,
+    "Prompts in the attention": PROMPTS_IN_ATTENTION,
+    "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": TUNERS,
     "Their life": LIFE,
     "Batches of several adapters": BATCHES,
     "Saving": SAVING,

@@ -41,6 +41,7 @@ AUTO = {
 }
 METHODS = {
     "prefix": ("PrefixTuningConfig", {}),
+    "cartridge": ("CartridgeConfig", {"num_frozen_tokens": 2}),
     "projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 12}),
     "prompt": ("PromptTuningConfig", {}),
     "vocabulary": ("PromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),

@@ -196,8 +196,8 @@ class TestFiles:
         self.refused(llama(), saved, untouched, "use_qalora", NotImplementedError)
         change(saved, use_qalora=False, r=0)
         self.refused(llama(), saved, untouched, "r must be a positive integer, got 0")
-        change(saved, r=4, peft_type="IA3")
-        self.refused(llama(), saved, untouched, "IA3 is not built", NotImplementedError)
+        change(saved, r=4, peft_type="POLY")
+        self.refused(llama(), saved, untouched, "POLY is not built", NotImplementedError)
 
     def test_broken_config(self, llama, saved, untouched):
         (saved / CONFIG).write_text('{"r": 8,')

@@ -36,6 +36,11 @@ def adapted(library, **options):
     return model, model.base_model.model.first
 
 
+def close(ours, theirs):
+    """Magnitudes were computed in fp32, before models were made fp64."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 class Doubled(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -94,7 +99,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_bias": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_bias": True}, {"use_dora": True}], ids=str)
 def test_what_is_done_to_an_adapters_modules_is_done_as_in_peft(change, options):
     found = []
     for library in BOTH:
@@ -108,11 +113,56 @@ def test_what_is_done_to_an_adapters_modules_is_done_as_in_peft(change, options)
         assert change is with_gradient_hook or not torch.allclose(y, before)
         found.append((y, x.grad, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (ours, dx, grads), (theirs, their_dx, their_grads) = found[1], found[0]
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(dx, their_dx)
+    close(ours, theirs)
+    close(dx, their_dx)
     assert grads.keys() == their_grads.keys()
     for name in grads:
-        torch.testing.assert_close(grads[name], their_grads[name], msg=lambda m, name=name: f"{name}: {m}")
+        close(grads[name], their_grads[name])
+
+
+@pytest.mark.parametrize("change", [with_forward_hook, with_wrapper, with_pruning, with_gradient_hook])
+def test_dora_with_dropout_calls_them_too(change):
+    """p close to 1 as to be no dropout that is random: every element is dropped."""
+    found = []
+    for library in BOTH:
+        model, layer = adapted(library, use_dora=True, lora_dropout=0.5)
+        model.double()
+        layer.lora_dropout["default"].p = 1.0
+        model.base_model.model.second.lora_dropout["default"].p = 1.0
+        x = X.double().requires_grad_()
+        change(layer)
+        for training in (True, False):
+            y = model.train(training)(x)
+            y.square().sum().backward()
+            found.append((y, x.grad.clone(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    for ours, theirs in zip(found[2:], found[:2]):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_beside_one_with_dora_is_called_too(use_dora):
+    found = []
+    for library in BOTH:
+        model, layer = adapted(library, use_dora=True)
+        options = {"target_modules": ["first"], "use_dora": use_dora, "init_lora_weights": False}
+        model.add_adapter("other", library.LoraConfig(r=2, **options))
+        model.double()
+        before = None
+        for _ in range(2):
+            model.base_model.set_adapter(["default", "other"])
+            y = model(X.double())
+            assert before is None or not torch.allclose(y, before)
+            before = y
+            layer.lora_A["other"].register_forward_hook(lambda module, args, out: 2 * out)
+        found.append(y)
+    close(found[1], found[0])
+
+
+def test_hooks_on_magnitudes_run():
+    model, layer = adapted(peft_fast, use_dora=True)
+    before = model(X)
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda module, args, out: 2 * out)
+    assert not torch.allclose(model(X), before)
 
 
 def test_explain_says_so_and_others_stay_on_their_route(capsys):
@@ -184,9 +234,9 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 tokens = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(3))
 
-def made(targets="all-linear"):
+def made(targets="all-linear", **options):
     torch.manual_seed(7)
-    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), config)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -203,16 +253,16 @@ def sharded(model, loss, norm):
     dist.all_reduce(squares)
     torch.testing.assert_close(squares.sqrt(), norm)
 
-for original in (False, True):
-    model, loss, norm = made(["q_proj", "v_proj"] if not original else "all-linear")
+for original, dora in ((False, False), (True, False), (False, True), (True, True)):
+    model, loss, norm = made(["q_proj", "v_proj"] if not original else "all-linear", use_dora=dora)
     wrapped = FullyShardedDataParallel(
         model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=original, device_id=torch.device("cpu")
     )
     sharded(wrapped, loss, norm)
-for leaves in (True, False):
-    model, loss, norm = made()
+for leaves, dora in ((True, False), (False, False), (True, True), (False, True)):
+    model, loss, norm = made(use_dora=dora)
     for name, module in model.named_modules():
-        if leaves and name.endswith(("lora_A.default", "lora_B.default")):
+        if leaves and name.endswith(("lora_A.default", "lora_B.default", "lora_magnitude_vector.default")):
             fully_shard(module)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)

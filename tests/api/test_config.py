@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import warnings
 
 import peft
 import pytest
@@ -217,8 +218,25 @@ def test_unknown_keys_in_files(tmp_path):
     newer = {**known, "peft_version": "0.99.0.dev0@abc", "use_hydra": True}
     with pytest.warns(UserWarning, match="use_hydra"):
         assert PeftConfig.from_pretrained(write(tmp_path, **newer)).r == 3
+    old = {name: value for name, value in known.items() if name != "peft_version"}
+    with pytest.warns(UserWarning, match="does not name.*merge_weights"):  # files did not say it once
+        assert PeftConfig.from_pretrained(write(tmp_path, **old, merge_weights=True)).r == 3
     with pytest.raises(NotImplementedError, match="use_qalora"):
         PeftConfig.from_pretrained(write(tmp_path, **{**known, "use_qalora": True}))
+
+
+def test_arguments_of_base_models_are_taken_and_do_nothing(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    for library in (peft, peft_fast):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            config = library.PeftConfig.from_pretrained(tmp_path, trust_remote_code=True, device_map=None)
+        assert config.r == 3
+    assert [("trust_remote_code" in str(one.message), "device_map" in str(one.message)) for one in said] == [
+        (True, False)
+    ]
+    with pytest.raises(TypeError, match="reviison"):
+        PeftConfig.from_pretrained(tmp_path, reviison="x")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +245,7 @@ def test_unknown_keys_in_files(tmp_path):
         ("{", ValueError, "not valid JSON"),
         ("[1]", ValueError, "must hold a JSON object"),
         ("{}", ValueError, "no key 'peft_type'"),
-        ('{"peft_type": "IA3"}', NotImplementedError, "IA3 is not built"),
+        ('{"peft_type": "POLY"}', NotImplementedError, "POLY is not built"),
         ('{"peft_type": "NEW"}', ValueError, "unknown peft_type 'NEW'"),
         ('{"peft_type": ["LORA"]}', ValueError, "unknown peft_type"),
         ('{"peft_type": "LORA", "r": "8"}', ValueError, "r must be"),

@@ -1,5 +1,6 @@
 """The mechanism that all methods share: putting adapters into a model, switching them, taking them out."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -53,12 +54,25 @@ def test_unload_gives_the_same_objects_back(llama, trained, options):
     assert all(torch.equal(values[name], parameter) for name, parameter in base.named_parameters())
 
 
-def test_all_linear_names_layers_by_their_shortest_unambiguous_ends(llama):
-    assert adapted(llama(), target_modules="all-linear").peft_config["default"].target_modules == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    }  # fmt: skip
+@pytest.mark.parametrize("layers", [2, 3])
+def test_many_names_are_saved_by_their_shortest_unambiguous_ends(llama, layers):
+    paths = {name for name, module in llama(num_hidden_layers=layers).named_modules() if type(module) is nn.Linear}
+    layers_of = {name for name in paths if name != "lm_head"}
+    ends = {name.rpartition(".")[2] for name in layers_of}
+    few = {name for name in layers_of if not name.endswith("2.self_attn.q_proj")}
+    for targets in ("all-linear", layers_of, few, sorted(few)[:19], sorted(ends)):
+        given = targets if isinstance(targets, str) else list(targets)
+        theirs = peft.get_peft_model(llama(num_hidden_layers=layers), peft.LoraConfig(target_modules=given))
+        ours = adapted(llama(num_hidden_layers=layers), target_modules=given)
+        assert ours.peft_config["default"].target_modules == theirs.peft_config["default"].target_modules
+        assert set(ours.base_model.targeted_module_names) == set(theirs.base_model.targeted_module_names)
+        if targets == "all-linear":
+            assert ours.peft_config["default"].target_modules == (ends if layers == 3 else layers_of)
+
+
+def test_all_linear_where_ends_are_ambiguous():
     model = adapted(Mixture(), target_modules="all-linear")
-    assert model.peft_config["default"].target_modules == {"tower.proj", "out"}
+    assert model.peft_config["default"].target_modules == {"tower.proj", "other.out"}
     assert model.base_model.targeted_module_names == ["tower.proj", "other.out"]
 
 

@@ -249,7 +249,7 @@ def test_config_is_pefts(tmp_path):
     [
         ({"r": 0}, "r must be a positive integer"),
         ({"rank_pattern": {"x": True}}, "must be a positive integer"),
-        ({"alpha": "x"}, "alpha must be a number"),
+        ({"alpha": "x"}, "alpha must be a finite number"),
         ({"rank_dropout": 2}, "rank_dropout must be a probability"),
         ({"target_modules": "("}, "target_modules must be a regular expression"),
         ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform"),

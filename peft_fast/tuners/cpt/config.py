@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from peft_fast.config import PromptLearningConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType, TaskType
 
 
+@with_help
 @dataclass
 class CPTConfig(PromptLearningConfig):
     """Context-aware prompt tuning (arXiv 2410.17222): the prompt is labelled examples, whose embeddings are trained

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.lycoris import LycorisConfig
 
 
+@with_help
 @dataclass
 class LoHaConfig(LycorisConfig):
     """Low-rank Hadamard product, delta = alpha / r * (W1a W1b) * (W2a W2b) elementwise (FedPara, arXiv 2108.06098).

@@ -1,4 +1,5 @@
 from .attention import MultiheadAttention
+from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
@@ -18,6 +19,8 @@ __all__ = [
     "CordaConfig",
     "Embedding",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "LinearLike",
     "LoftQConfig",
     "LoraConfig",

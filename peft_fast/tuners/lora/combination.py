@@ -64,7 +64,7 @@ def add_weighted_adapter(tuner: Any, adapter_name: str, wanted: Combination) -> 
     for path, layer in layers.items():
         _check_layer(path, layer, wanted)
     with unchanged_on_error(tuner):
-        tuner.inject_adapter(adapter_name, config)
+        tuner.put_in(adapter_name, config)
         for layer in tqdm(layers.values(), desc=wanted.type, unit="layer", disable=None, leave=False):
             _fill(layer, adapter_name, wanted)
         _copy_whole_modules(tuner, adapter_name, wanted)

@@ -5,17 +5,18 @@ name: NOT_BUILT is the list.
 """
 
 import math
-import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from peft_fast.config import PeftConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
+from peft_fast.tuners.options import are_indices, are_strings, compiled
 
 from . import initialisation
 from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
@@ -37,6 +38,7 @@ NOT_BUILT = (
 INITS_NOT_BUILT = ("eva", "mica")
 
 
+@with_help
 @dataclass
 class LoraRuntimeConfig:
     """Options of a run, never saved.
@@ -48,11 +50,12 @@ class LoraRuntimeConfig:
     ephemeral_gpu_offload: bool = False
 
 
+@with_help
 @dataclass
 class LoraConfig(PeftConfig):
     """Low-rank adaptation, y = W x + scale * B A dropout(x) (arXiv 2106.09685).
 
-    r: the rank. lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
+    r: the rank. lora_alpha: scale = lora_alpha / r. use_rslora: lora_alpha / sqrt(r) (arXiv 2312.03732).
     target_modules: names of modules (the whole path or its end), or one regular expression for the whole path, or
       "all-linear" (all but the output layer), or None (by the model's architecture). exclude_modules: likewise, taken
       away.
@@ -81,12 +84,13 @@ class LoraConfig(PeftConfig):
       ids}. An output layer with the embedding's weight follows.
     ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
       are trained as one too.
+    runtime_config: a LoraRuntimeConfig.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
     """
 
-    tied_to_weights = (
+    tied_to_weights: ClassVar[tuple[str, ...]] = (
         "peft_type",
         "r",
         "lora_alpha",
@@ -144,7 +148,7 @@ class LoraConfig(PeftConfig):
             setattr(self, name, _plain(getattr(self, name)))
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
         for name in ("target_modules", "exclude_modules"):
-            if _are_strings(getattr(self, name)):
+            if are_strings(getattr(self, name)):
                 setattr(self, name, set(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name) or {}
@@ -257,7 +261,7 @@ def _check_built(config: LoraConfig) -> None:
 
 def _check_replication(ranges: Any) -> None:
     fits = isinstance(ranges, (list, tuple)) and all(
-        isinstance(one, (list, tuple)) and len(one) == 2 and _are_indices(list(one)) and 0 <= one[0] < one[1]
+        isinstance(one, (list, tuple)) and len(one) == 2 and are_indices(list(one)) and 0 <= one[0] < one[1]
         for one in ranges
     )
     if not fits:
@@ -282,22 +286,22 @@ def _check_types(config: LoraConfig) -> None:
     rules: list[tuple[str, str, bool]] = []
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
-        fits = value is None or isinstance(value, str) or _are_strings(value)
+        fits = value is None or isinstance(value, str) or are_strings(value)
         rules.append((name, "a list of module names or one regular expression", fits))
     saved = config.modules_to_save
-    rules.append(("modules_to_save", "a list of module names", saved is None or (_are_strings(saved) and all(saved))))
+    rules.append(("modules_to_save", "a list of module names", saved is None or (are_strings(saved) and all(saved))))
     names = config.target_parameters
-    rules.append(("target_parameters", "a list of names of parameters", names is None or _are_strings(names)))
+    rules.append(("target_parameters", "a list of names of parameters", names is None or are_strings(names)))
     layers, lists = config.layers_to_transform, config.layers_pattern
-    rules.append(("layers_to_transform", "an index or a list of indices", layers is None or _are_indices(layers)))
+    rules.append(("layers_to_transform", "an index or a list of indices", layers is None or are_indices(layers)))
     rules.append(
-        ("layers_pattern", "a name or a list of names", lists is None or _are_strings([lists]) or _are_strings(lists))
+        ("layers_pattern", "a name or a list of names", lists is None or are_strings([lists]) or are_strings(lists))
     )
     for name in ("rank_pattern", "alpha_pattern"):
         rules.append((name, "a dict from patterns to numbers", isinstance(getattr(config, name), dict)))
     tokens = config.trainable_token_indices
     of_layers = tokens if isinstance(tokens, dict) else {"": tokens}
-    named = _are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
+    named = are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
     fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
     rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
     rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
@@ -338,25 +342,11 @@ def _check_patterns(config: LoraConfig) -> None:
     }
     for name, texts in patterns.items():
         for text in texts:
-            try:
-                re.compile(text)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{name} must be a regular expression, got {text!r}: {error}") from error
-
-
-def _are_indices(values: Any) -> bool:
-    indices = values if isinstance(values, (list, tuple, set)) else [values]
-    return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+            compiled(name, text)
 
 
 def _are_ids(values: Any) -> bool:
-    return isinstance(values, list) and _are_indices(values)
-
-
-def _are_strings(values: Any) -> bool:
-    """Whether it is a list of names, or a set, a dict's keys, ..."""
-    is_list = isinstance(values, Collection) and not isinstance(values, (str, bytes, Mapping))
-    return is_list and all(isinstance(value, str) for value in values)
+    return isinstance(values, list) and are_indices(values)
 
 
 def _plain(number: Any) -> Any:
@@ -364,12 +354,3 @@ def _plain(number: Any) -> Any:
     if isinstance(number, (bool, int, float)) or not isinstance(number, Real):
         return number
     return int(number) if isinstance(number, Integral) else float(number)
-
-
-def set_fan_in_fan_out(config: LoraConfig, conv1d: bool) -> None:
-    """Only transformers' Conv1D keeps its weight [in, out]: peft sets the option by the layer with a warning, and so do
-    we."""
-    if config.fan_in_fan_out != conv1d:
-        kind = "Conv1D layers, which keep" if conv1d else "linear layers, which do not keep"
-        warnings.warn(f"the targets are {kind} their weight [in, out]: fan_in_fan_out is set to {conv1d}", stacklevel=2)
-        config.fan_in_fan_out = conv1d

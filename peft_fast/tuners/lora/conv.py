@@ -4,6 +4,7 @@ A is a convolution of the base layer's kernel, stride and padding to r channels,
 the base layer's class and by torch's own kernels (cuDNN on a GPU).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ class _ConvNd(WithConstants):
                 "is not in peft, so that an adapter would mean two things. Give the padding in numbers"
             )
         self.update_layer(adapter_name, r, lora_alpha, config)
+        if base.groups > 1:
+            warnings.warn(
+                f"the adapter of a convolution of {base.groups} groups mixes channels that the layer keeps apart: it "
+                "cannot be merged",
+                stacklevel=2,
+            )
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
         base: Any = self.get_base_layer()

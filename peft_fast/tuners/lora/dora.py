@@ -27,6 +27,14 @@ class DoraLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(magnitude)
 
+    def forward(self, norms: Tensor) -> Tensor:
+        """m / norms, in the norms' dtype: [out features]. Called, so that FSDP can gather m for it.
+
+        A 16-bit m is divided by norms that are rounded as it was, so that a new adapter multiplies by exactly 1.
+        """
+        m = self.weight.view(-1)
+        return m.to(norms.dtype) / norms.to(m.dtype).to(norms.dtype)
+
     def __repr__(self) -> str:
         return f"lora.dora.{super().__repr__()}"
 
@@ -75,12 +83,19 @@ class DoraCaching:
 
 
 def factor(layer: Any, name: str) -> Tensor:
-    """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m.
+    """m / |W + scale * B A| [out features], in fp32 or wider; differentiable in m."""
+    norms = _norms_by_calling(layer, name) if layer.is_called(name) else _norms(layer, name)
+    return layer.lora_magnitude_vector[name](norms.detach())  # no_grad does not make them constants in forward mode
 
-    A 16-bit m is divided by norms that are rounded as it was, so that a new adapter multiplies by exactly 1.
-    """
-    norms, m = _norms(layer, name), layer.lora_magnitude_vector[name].weight.view(-1)
-    return m.to(norms.dtype) / norms.to(m.dtype).to(norms.dtype)
+
+@torch.no_grad()
+def _norms_by_calling(layer: Any, name: str) -> Tensor:
+    """The norms where A and B have to be called (called.py): what they make of each in feature alone is B A."""
+    (A, B), weight = layer.factors(name), layer.rows_of_base()
+    dense = weight if isinstance(weight, Tensor) else ops.dequantize(weight)
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    each = torch.eye(dense.shape[1], device=dense.device, dtype=layer.factor_dtype(name))
+    return torch.linalg.norm(dense.to(wide) + layer.scaling[name] * B(A(each)).t().to(wide), dim=1)
 
 
 def _norms(layer: Any, name: str) -> Tensor:
@@ -155,19 +170,24 @@ def forward(
     for i, name in enumerate(names):
         if name not in layer.lora_magnitude_vector:
             y = layer.base(x, weight, *args, **kwargs) if y is None else y
-            y = layer.plus(y, x, [name])
+            y = _plus(layer, y, x, name)
             continue
-        scaled, dropout = factor(layer, name), layer.lora_dropout[name]
-        if not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p):
-            if y is None and weight is not None:
+        scaled, called = factor(layer, name), layer.is_called(name)
+        if not _drops(layer, name, called):
+            if y is None and weight is not None and not called:
                 z = layer.product(name, x, weight)
             else:
                 y = layer.base(x, weight, *args, **kwargs) if y is None else y
-                z = layer.plus(y if bias is None else y - bias, x, [name])
+                z = y if bias is None else y - bias
+                z = _plus_of(layer, z, x.to(layer.factor_dtype(name)), name) if called else layer.plus(z, x, [name])
             y = ops.scale_columns(z, scaled, bias, backend=layer.backend)
             continue
         dropped = layer.dropped(name, x).to(x.dtype)
-        z = layer.product(name, dropped, weight, *args, **kwargs)
+        if called:
+            z = layer.base(dropped, weight, *args, **kwargs)
+            z = _plus_of(layer, z if bias is None else z - bias, dropped, name)
+        else:
+            z = layer.product(name, dropped, weight, *args, **kwargs)
         if i == 0 and weight is not None:
             rest = layer.base(x - dropped, weight)  # W x - W d + bias in one product
         else:
@@ -177,3 +197,22 @@ def forward(
         y = rest + ops.scale_columns(z, scaled, backend=layer.backend)
     assert y is not None
     return y
+
+
+def _drops(layer: Any, name: str, called: bool) -> bool:
+    """Whether something is dropped now: as peft says it where the adapter's modules are called, whatever they are."""
+    dropout = layer.lora_dropout[name]
+    if called:
+        return layer.training and not isinstance(dropout, nn.Identity)
+    return isinstance(dropout, nn.Dropout) and dropout.training and bool(dropout.p)
+
+
+def _plus(layer: Any, y: Any, x: Tensor, name: str) -> Tensor:
+    """y plus what an adapter without magnitudes makes of x."""
+    return _plus_of(layer, y, layer.dropped(name, x), name) if layer.is_called(name) else layer.plus(y, x, [name])
+
+
+def _plus_of(layer: Any, y: Any, x: Tensor, name: str) -> Tensor:
+    A, B = layer.factors(name)
+    x = x.to(layer.factor_dtype(name)) if layer.cast_input_dtype_enabled else x
+    return y + (B(A(x)) * layer.scaling[name]).to(y.dtype)

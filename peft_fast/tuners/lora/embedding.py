@@ -65,10 +65,11 @@ class Embedding(WithConstants):
     def dora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """ids: [...] -> [..., embedding_dim] in the table's dtype."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x, ids: [...] -> [..., embedding_dim] in the table's dtype."""
         if self.mixed_batch is not None:
-            return one_by_one(self, ids, *args, **kwargs)
+            return one_by_one(self, x, *args, **kwargs)
+        ids = x
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters, base = self.adapters_in_effect(), self.base_layer

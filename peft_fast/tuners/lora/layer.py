@@ -19,6 +19,7 @@ from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
+from peft_fast.tuners.low_rank import call_of
 from peft_fast.tuners.scaling import ScaledLayer
 
 from . import dora, initialisation, multi
@@ -97,6 +98,14 @@ class LoraLayer(ScaledLayer):
         """(A, B), modules with a `weight`."""
         modules: Any = self._modules  # a seventh of the time of self.lora_A[...]: 0.2 us against 1.7
         return modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
+
+    def factor_dtype(self, adapter_name: str) -> torch.dtype:
+        """Of A's weights."""
+        return self.factors(adapter_name)[0].weight.dtype
+
+    def is_called(self, adapter_name: str) -> bool:
+        """Whether the adapter's A and B have to be called, for norms too: see called.py."""
+        return False
 
     def get_delta_bias(self, adapter_name: str) -> Tensor | None:
         if not self.lora_bias[adapter_name]:
@@ -196,11 +205,6 @@ class LoraLayer(ScaledLayer):
             key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): name for key, name in keys.items()
         }
 
-    def _get_name(self) -> str:
-        """As peft prints it: lora.Linear, and lora.Linear4bit and lora.Linear8bitLt, which are classes there."""
-        base = type(self.get_base_layer()).__name__ if "base_layer" in self._modules else ""
-        return base if base in ("Linear4bit", "Linear8bitLt") else super()._get_name()
-
     def initial_scale(self, adapter: str) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
         r = self.r[adapter]
@@ -224,8 +228,8 @@ class WithConstants(LoraLayer):
 
 
 class Linear(LoraLayer):
-    """LoRA around torch.nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, or our
-    QuantizedLinear.
+    """LoRA around torch.nn.Linear, transformers' Conv1D, our QuantizedLinear, and as the base class of bnb.py's layers
+    bitsandbytes' Linear4bit and Linear8bitLt.
 
     A k-bit weight is multiplied by in floating point, in training and in eval mode. bitsandbytes does so too, but for
     Linear8bitLt in eval mode (on a GPU always): that rounds activations to 8 bits, row by row, and so differs by about
@@ -286,6 +290,9 @@ class Linear(LoraLayer):
             y = ops.quant_matmul(z, weight, self.bias, backend=self.backend)
         return y if dtype is None else y.to(x.dtype)
 
+    def is_called(self, adapter_name: str) -> bool:
+        return why_called(self, [adapter_name]) is not None
+
     def product_weight(self) -> Tensor | QuantizedWeight | None:
         """The base weight [N, K] where multiplying by it may replace calling the base layer, else None."""
         return matmul_weight(self.base_layer)
@@ -323,21 +330,17 @@ class Linear(LoraLayer):
         weight, adapters = self.product_weight(), self.adapters_in_effect()
         reason = self.why_idle()
         with_magnitudes = any(name in self.lora_magnitude_vector for name in adapters)
-        if not with_magnitudes and (called := why_called(self, adapters)):
+        if called := why_called(self, adapters):
             return Choice("lora_linear", "added", f"{called}: its modules are called")
         if weight is None and adapters:
             return Choice("lora_up_add", "added", "the base layer has hooks or a forward of its own: it is called")
         if weight is None or (isinstance(weight, Tensor) and not adapters):
             return Choice("base_layer", "base", f"the adapters are {reason}")
-        (N, K), R, p, trained = weight.shape, 0, 0.0, False
+        R, p, trained = 0, 0.0, False
         if adapters:
             p = self.dropout_p(adapters[0])
             R, trained = self.r[adapters[0]], any(factor.weight.requires_grad for factor in self.factors(adapters[0]))
-        dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        fmt = str(weight.format) if isinstance(weight, QuantizedWeight) else ""
-        call = ops.Call(weight.device, dtype, tokens, N, K, R, fmt, p, trained)
+        call = call_of(self.base_layer, weight, tokens, R, p, trained)
         if adapters:
             choice = ops.choose(call, self.backend)
             if with_magnitudes:
@@ -380,3 +383,9 @@ class Linear(LoraLayer):
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
+
+
+def __getattr__(name: str) -> Any:
+    from .names_of_peft import found_elsewhere  # modules that import this one
+
+    return found_elsewhere(__name__, name)

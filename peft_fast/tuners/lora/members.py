@@ -13,12 +13,15 @@ from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_touched, matmul_weight
 
+from .bnb import Linear4bit, Linear8bitLt
 from .called import PLAIN, why_called
 from .layer import Linear, LoraLayer
 
 # Classes of LoRA layers that an op may stand for, and why not for one of their layers: integrations/peft_layers.py adds
 # to them.
-JOINING: dict[type, Callable[[Any], str | None]] = {Linear: lambda layer: why_called(layer, layer.adapters_in_effect())}
+JOINING: dict[type, Callable[[Any], str | None]] = dict.fromkeys(
+    (Linear, Linear4bit, Linear8bitLt), lambda layer: why_called(layer, layer.adapters_in_effect())
+)
 
 
 class Member(NamedTuple):

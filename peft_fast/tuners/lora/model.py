@@ -15,15 +15,16 @@ from peft_fast.renamed import renamed_keys
 from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
-from peft_fast.tuners.lycoris import LycorisLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
 from peft_fast.tuners.names import list_of_names
+from peft_fast.tuners.options import set_fan_in_fan_out
 from peft_fast.tuners.targets import LORA_TARGETS
 
 from . import dora, initialisation
 from .attention import EncoderLinear, MultiheadAttention
+from .bnb import linear_class
 from .combination import Combination, add_weighted_adapter
-from .config import LoraConfig, set_fan_in_fan_out
+from .config import LoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .conversion import difference
 from .embedding import Embedding
@@ -67,7 +68,7 @@ class LoraModel(BaseTuner):
         if custom is not None:
             return _of_custom_class(custom, target, path, adapter_name, config=config, r=r, lora_alpha=alpha)
         cls = _layer_class(target, path)
-        if cls is Linear:
+        if issubclass(cls, Linear):
             set_fan_in_fan_out(config, is_conv1d(target))
             parent, _, name = path.rpartition(".")
             in_encoder = isinstance(self.model.get_submodule(parent), nn.TransformerEncoderLayer)
@@ -136,7 +137,7 @@ class LoraModel(BaseTuner):
             raise ValueError(f"{path} is in target_modules, and its {name} in target_parameters: leave out one of them")
         return ParamWrapper(module, adapter_name, parameter_name=name, config=config, r=r, lora_alpha=alpha)
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         """With the adapters of single experts joined, where transformers has joined the experts."""
         if not any(isinstance(layer, ParamWrapper) for _, layer in self.layers()):
             return state_dict
@@ -164,7 +165,7 @@ class LoraModel(BaseTuner):
                 f"dimension above {largest}. Are adapter_config.json and the weights of one adapter?"
             )
 
-    def inject_adapter(
+    def put_in(
         self,
         adapter_name: str,
         config: Any,
@@ -174,7 +175,7 @@ class LoraModel(BaseTuner):
     ) -> None:
         given, config = config, converted(self.model, config)
         with self._replicated(config):
-            super().inject_adapter(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            super().put_in(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
@@ -324,11 +325,12 @@ def _layer_class(target: nn.Module, path: str) -> Any:
             f"LoRA cannot adapt {path}: torch.nn.MultiheadAttention uses the weight of this layer without calling it, "
             "so the adapter would never run. Name the attention itself, or leave this out with exclude_modules"
         )
-    if isinstance(target, LycorisLayer):  # of a mixed model: it is called, and LoRA comes on top
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, LoraLayer):
+        # A mixed model's layer of another method: it is called, and LoRA comes on top.
         target = target.get_base_layer()
     if not isinstance(target, BaseTunerLayer):
         if is_dense_linear(target) or quantized_weight(target) is not None:
-            return Linear
+            return linear_class(target)
         for kind, cls in OTHER_LAYERS.items():
             if isinstance(target, kind):
                 return cls

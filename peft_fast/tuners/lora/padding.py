@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_fast.tuners.matching import by_pattern
 
 from .conv import Conv2d
-from .layer import Linear
+from .layer import Linear, LoraLayer
 from .param_wrapper import ParamWrapper
 
 PADDED = (Linear, Conv2d)  # the layers whose adapters can be padded, as in peft
@@ -47,11 +47,11 @@ def padded(value: Tensor, shape: torch.Size, groups: int) -> Tensor:
 
 def without_padding(tuner: Any, adapter_name: str, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """`tensors`, an adapter's by the keys of a file, of the ranks that the adapter's config says."""
-    config = tuner.peft_config[adapter_name]
+    config: Any = tuner.peft_config[adapter_name]
     result = dict(tensors)
     for path, layer in tuner.layers():
-        if isinstance(layer, ParamWrapper):  # the ranks of all experts lie in one A
-            continue
+        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+            continue  # another method's, or the ranks of all experts lie in one A
         rank = by_pattern(config.rank_pattern, path, config.r)
         for A_name, B_name in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             A_key, B_key = f"{prefix}{path}.{A_name}", f"{prefix}{path}.{B_name}"

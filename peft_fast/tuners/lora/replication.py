@@ -29,19 +29,19 @@ class Replication:
             setattr(self.config, name, value)
 
 
-def replicate_layers(model: nn.Module, ranges: Any) -> Replication:
+def replicate_layers(model: nn.Module, layer_map: Any) -> Replication:
     """Replace the model's list of layers: [[0, 4], [2, 5]] makes of five layers 0, 1, 2, 3, 2, 3, 4.
 
     Raises ValueError, with the model as it was, for a model without such a list and for ranges beyond it.
     """
     parent, name = _place(model)
     layers = getattr(parent, name)
-    for start, end in ranges:
+    for start, end in layer_map:
         if end > len(layers):
             raise ValueError(
                 f"layer_replication [{start}, {end}] goes beyond the {len(layers)} layers of {type(model).__name__}"
             )
-    order = [index for start, end in ranges for index in range(start, end)]
+    order = [index for start, end in layer_map for index in range(start, end)]
     config: Any = getattr(parent, "config", None)
     options: dict[str, Any] = {}
     if hasattr(config, "num_hidden_layers"):
@@ -49,7 +49,7 @@ def replicate_layers(model: nn.Module, ranges: Any) -> Replication:
     types: Any = getattr(config, "layer_types", None)
     if isinstance(types, list) and len(types) == len(layers):
         options["layer_types"] = types
-    done = Replication([list(one) for one in ranges], parent, name, layers, config, options)
+    done = Replication([list(one) for one in layer_map], parent, name, layers, config, options)
     setattr(parent, name, nn.ModuleList(_twin(layers[index], place) for place, index in enumerate(order)))
     if "num_hidden_layers" in options:
         config.num_hidden_layers = len(order)

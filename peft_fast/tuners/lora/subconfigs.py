@@ -3,7 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from peft_fast.option_help import with_help
 
+
+@with_help
 @dataclass
 class LoftQConfig:
     """loftq_bits: 4 (NF4 in blocks of 64) or 8 (a scale a row). loftq_iter: how often quantising and decomposing
@@ -13,6 +16,7 @@ class LoftQConfig:
     loftq_iter: int = 1
 
 
+@with_help
 @dataclass
 class CordaConfig:
     """corda_method: "ipm" (the adapter gets the largest singular values: it learns fastest) or "kpm" (the smallest:
@@ -34,6 +38,7 @@ class CordaConfig:
         _check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
 
 
+@with_help
 @dataclass
 class LoraGAConfig:
     """direction: which of the gradient's singular vectors A and B take, of 2 r: every other one ("ArBr"), A the second

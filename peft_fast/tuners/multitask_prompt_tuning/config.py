@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.prompt_tuning.config import PromptTuningConfig
 
@@ -21,6 +22,7 @@ class MultitaskPromptTuningInit(str, Enum):
 FROM_FILE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 
+@with_help
 @dataclass
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """One prompt that tasks share, times a matrix of rank num_ranks for each of num_tasks (arXiv 2303.02861).

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from peft_fast.config import PromptLearningConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 from peft_fast.tuners.prompt_tuning.config import named
 
@@ -13,6 +14,7 @@ class PromptEncoderReparameterizationType(str, Enum):
     LSTM = "LSTM"
 
 
+@with_help
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning: trained embeddings before those of the input, which come out of a small network (arXiv 2103.10385).

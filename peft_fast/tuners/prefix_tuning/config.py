@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from peft_fast.config import PromptLearningConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 
 
+@with_help
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
     """Trained keys and values before those of every attention layer (arXiv 2101.00190).

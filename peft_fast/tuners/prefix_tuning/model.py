@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_fast.tuners.prompt_learning.encoder import BasePromptEncoder
@@ -38,6 +39,18 @@ class PrefixEncoder(BasePromptEncoder):
     def forward(self, indices: Tensor) -> Tensor:
         embedded = self.embedding(indices)
         return embedded if self.is_plain else self.transform(embedded)
+
+    @torch.no_grad()
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Set the keys and values, [tokens, layers * 2 * token_dim]. Raises ValueError for another shape, and where an
+        MLP makes them."""
+        if not self.is_plain:
+            raise ValueError(
+                "with prefix_projection=True an MLP makes the keys and values, and they cannot be set: use "
+                "prefix_projection=False"
+            )
+        self.check_prompt(prompt_embeddings, self.embedding.weight)
+        self.embedding.weight.copy_(prompt_embeddings)
 
     @classmethod
     def embedding_shape(cls, config: Any) -> tuple[int, int | None]:

@@ -69,6 +69,16 @@ class BasePromptEncoder(nn.Module):
             )
         return {"prompt_embeddings": "embedding.weight"}
 
+    def as_today(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state_dict  # a file's tensors by the keys of `keys_to_load`
+
+    @staticmethod
+    def check_prompt(prompt: Any, weight: Tensor) -> None:
+        """Raise ValueError for what cannot be copied into `weight`."""
+        if not isinstance(prompt, Tensor) or prompt.shape != weight.shape:
+            got = tuple(prompt.shape) if isinstance(prompt, Tensor) else prompt
+            raise ValueError(f"prompt_embeddings must be a tensor {tuple(weight.shape)}, got {got!r}")
+
     @classmethod
     def check_file(cls, config: Any, tensors: Mapping[str, Any]) -> None:
         """Raise ValueError where prompts as `config` wants them cannot be those of a file with these tensors."""

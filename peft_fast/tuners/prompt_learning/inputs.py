@@ -102,8 +102,8 @@ def refuse_checkpointing(base_model: Any, now: bool) -> None:
     checkpointed = [module for module in base_model.modules() if getattr(module, "gradient_checkpointing", False)]
     if any(module.training for module in checkpointed) if now else checkpointed:
         raise ValueError(
-            "PREFIX_TUNING does not work with gradient checkpointing, under which models take no keys and values of "
-            "tokens before: call gradient_checkpointing_disable(), or learn another kind of prompt"
+            "CARTRIDGE or PREFIX_TUNING does not work with gradient checkpointing, under which models take no keys and "
+            "values of tokens before: call gradient_checkpointing_disable(), or learn another kind of prompt"
         )
 
 

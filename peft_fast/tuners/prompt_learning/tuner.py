@@ -58,11 +58,19 @@ class PromptTuner:
     def peft_config(self) -> dict[str, Any]:
         return self.owner._prompt_configs
 
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        self.owner._prompt_configs = value
+
     @property
     def active_adapters(self) -> list[str]:
         return self.owner._active_prompts
 
-    def inject_adapter(
+    def activate(self, names: list[str]) -> None:
+        """Take these prompts from now on, without a change of what is trainable."""
+        self.owner._active_prompts = names
+
+    def put_in(
         self, adapter_name: str, config: Any, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False
     ) -> None:
         """Add a prompt; it is active and trainable if it is the first, and else neither.
@@ -207,8 +215,11 @@ class PromptTuner:
         """By their keys in the adapter's file."""
         return self.owner.prompt_encoder[adapter_name].tensors_to_save()
 
-    def as_today(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        return state_dict
+    def config_for_file(self, adapter_name: str) -> Any:
+        return self.peft_config[adapter_name]
+
+    def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
+        return self.owner.prompt_encoder[adapter_name].as_today(state_dict)
 
     def holders(self) -> Iterator[tuple[str, AdapterHolder]]:
         for path, module in self.model.named_modules():

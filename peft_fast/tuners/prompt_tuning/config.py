@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from peft_fast.config import PromptLearningConfig
+from peft_fast.option_help import with_help
 from peft_fast.peft_types import PeftType
 
 
@@ -16,6 +17,7 @@ class PromptTuningInit(str, Enum):
     RANDOM = "RANDOM"
 
 
+@with_help
 @dataclass
 class PromptTuningConfig(PromptLearningConfig):
     """Trained embeddings before those of the input (arXiv 2104.08691).

@@ -1,0 +1,72 @@
+"""Adapted models under second derivatives, torch.func and forward mode: what peft's give."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import peft_fast
+
+BOTH = (peft, peft_fast)
+IDS = torch.arange(1, 9).view(2, 4)
+OPTIONS = [
+    {"target_modules": "all-linear"},
+    {"target_modules": ["q_proj", "k_proj", "v_proj", "embed_tokens"], "use_rslora": True},
+    {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+]
+
+
+def adapted(library, llama, trained, **options):
+    base = llama(num_hidden_layers=1, attn_implementation="eager").double()
+    torch.manual_seed(0)
+    model = library.get_peft_model(base, library.LoraConfig(r=2, **options))
+    return trained(model).double()
+
+
+def derivatives(model):
+    """Of a penalty on gradients (as in MAML or gradient penalties), through create_graph and through torch.func."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), {"input_ids": IDS, "labels": IDS}).loss
+
+    model.zero_grad()
+    first = torch.autograd.grad(loss(parameters), list(parameters.values()), create_graph=True)
+    first_values = [g.detach() for g in first]
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), list(parameters.values()))
+    by_func = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    tangent = {name: torch.ones_like(p) for name, p in parameters.items()}
+    _, slope = torch.func.jvp(loss, ({name: p.detach() for name, p in parameters.items()},), (tangent,))
+    return names, first_values, second, [by_func[name] for name in names], slope
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_as_in_peft(llama, trained, options):
+    (names, *theirs), (our_names, *ours) = (derivatives(adapted(l, llama, trained, **options)) for l in BOTH)
+    assert names == our_names
+    for expected, found in zip(theirs, ours):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours[0], ours[2])
+    assert any(bool(g.any()) for g in ours[1])
+
+
+@pytest.mark.parametrize("change", ["forward", "vmap", "jacrev"])
+def test_a_layer_alone(change):
+    found = []
+    for library in BOTH:
+        torch.manual_seed(0)
+        config = library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = library.get_peft_model(nn.Sequential(nn.Linear(6, 4)), config)
+        x = torch.ones(3, 6)
+        if change == "forward":
+            with torch.autograd.forward_ad.dual_level():
+                dual = model(torch.autograd.forward_ad.make_dual(x, 2 * x))
+                found.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+        elif change == "vmap":
+            found.append(torch.func.vmap(model)(x))
+        else:
+            found.append(torch.func.jacrev(model)(x))
+    torch.testing.assert_close(found[1], found[0])

@@ -44,7 +44,9 @@ class Bars:
     def end(self, result: JobResult) -> None:
         """A line in place of the bar."""
         if result.name in self._bars:
-            self._bars.pop(result.name).close()
+            bar = self._bars.pop(result.name)
+            bar.refresh()  # the last state, which logs keep: tqdm leaves out updates that follow each other fast
+            bar.close()
         if self.shown:
             where = f", written to {result.folder}" if result.folder else ""
             tqdm.write(f"{result.name}: {result.state} after {result.steps:,} steps, {result.reason}{where}")

@@ -22,6 +22,7 @@ from .helpers import find_kappa_target_modules
 from .inject import inject_adapter_in_model
 from .integrations.accelerate import accelerate, restore
 from .integrations.stand_in import install_as_peft, install_if_asked
+from .jobs import Job, JobResult, JobTrainer
 from .kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from .mapping import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -135,6 +136,9 @@ __all__ = [
     "HRAModel",
     "IA3Config",
     "IA3Model",
+    "Job",
+    "JobResult",
+    "JobTrainer",
     "LNTuningConfig",
     "LNTuningModel",
     "LoHaConfig",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .peft_types import PeftType
 from .tuners.layer import BaseTunerLayer
-from .tuners.mixed_batch import MixedBatch, adapters_of, repeats_of, within
+from .tuners.mixed_batch import MixedBatch, TokenAdapters, adapters_of, repeats_of, within
 
 
 class MixedBatchTraining:
@@ -26,6 +26,15 @@ class MixedBatchTraining:
         self.adapters = list(adapters)
         self.seeds = dict(seeds)
         self.counts = dict.fromkeys(adapters, 0)
+
+    def join(self, adapter: str, seed: int, count: int = 0) -> None:
+        """Have another adapter trained too; `count`: the forwards that it has been trained for already."""
+        self.adapters.append(adapter)
+        self.seeds[adapter], self.counts[adapter] = seed, count
+
+    def leave(self, adapter: str) -> None:
+        self.adapters.remove(adapter)
+        del self.seeds[adapter], self.counts[adapter]
 
     def keys(self, adapters: Sequence[str], paths: Sequence[str], device: torch.device) -> Tensor:
         """int32 [layers, adapters, 2] for one forward: of the adapters' next numbers, and the layers' paths."""
@@ -95,7 +104,7 @@ class MixedBatches:
         if names is None:
             yield
             return
-        if isinstance(names, str) or not isinstance(names, Sequence):
+        if isinstance(names, str) or not isinstance(names, Sequence | TokenAdapters):
             raise TypeError(f"adapter_names must be a list with a name for each sample, got {names!r}")
         holders = self._holders()
         self._check_mixed(adapters_of(names), holders)
@@ -103,7 +112,7 @@ class MixedBatches:
         with within(self.base_model, list(holders.values()), self._new_batch(names, holders, repeats)):
             yield
 
-    def _new_batch(self, names: Sequence[Any], holders: Mapping[str, Any], repeats: int) -> MixedBatch:
+    def _new_batch(self, names: Any, holders: Mapping[str, Any], repeats: int) -> MixedBatch:
         training = self._mixed_training
         if not self.training:
             return MixedBatch(names, repeats)

@@ -18,6 +18,7 @@ from transformers import (
 
 import peft_fast
 from peft_fast import LoraConfig, get_peft_model
+from peft_fast.tuners.mixed_batch import MixedBatch, TokenAdapters
 
 NAMES = ["b", "__base__", "a", "b"]
 
@@ -168,6 +169,63 @@ def test_names_by_token():
     torch.testing.assert_close(got[1:], last, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="a name for each token"):
         model(ids(2), adapter_names=[["a"] * 5, ["b"] * 5])
+
+
+def test_numbers_of_tokens_are_names_of_tokens():
+    """In eval and in training, dropout included, sorted or not, generated beams too; -1 is the base model."""
+    by_name = [["b"] * 2 + ["a"] * 3 + ["__base__"], ["b"] * 6]
+    numbers = torch.tensor([[1, 1, 0, 0, 0, -1], [1] * 6])
+    model = with_adapters(peft_fast, llama(), {**MODELS["embedding"][0], "lora_dropout": 0.3}, MODELS["linear"][1])
+    for names, own in ((by_name, numbers), ([["a"] * 6, ["b"] * 6], torch.tensor([[0] * 6, [1] * 6]))):
+        with torch.no_grad():
+            expected = model.eval()(ids(2), adapter_names=names).logits
+            got = model(ids(2), adapter_names=TokenAdapters(["a", "b"], own)).logits
+        torch.testing.assert_close(got, expected)
+        losses = []
+        for given in (names, TokenAdapters(["a", "b"], own.int())):
+            model.enable_mixed_batch_training(seeds={"a": 5, "b": 6})
+            losses.append(model.train()(ids(2), labels=ids(2), adapter_names=given).loss)
+        torch.testing.assert_close(*losses)
+        assert not torch.isclose(losses[0], model.eval()(ids(2), labels=ids(2)).loss)
+    batch = MixedBatch(TokenAdapters(["a", "b"], numbers), repeats=2)
+    x = torch.empty(4, 6, 3)
+    assert batch.of_rows(x) == [1, 1, 0, 0, 0, -1] * 2 + [1] * 12
+    segments = batch.segments(x)
+    assert (segments.lengths, segments.order.tolist()[:6]) == ((6, 16), [2, 3, 4, 8, 9, 10])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "numbers", "error", "message"),
+    [
+        (["a", "a"], torch.zeros(2, 6, dtype=torch.int64), ValueError, "a list of different names"),
+        (["a", "__base__"], torch.zeros(2, 6, dtype=torch.int64), ValueError, "a list of different names"),
+        ("ab", torch.zeros(2, 6, dtype=torch.int64), ValueError, "a list of different names"),
+        (["a"], torch.zeros(2, 6), TypeError, r"int32 or int64 \[samples, tokens\], got torch.float32 \(2, 6\)"),
+        (["a"], torch.zeros(6, dtype=torch.int64), TypeError, r"int32 or int64 \[samples, tokens\]"),
+        (["a"], [[0]], TypeError, r"got \[\[0\]\]"),
+        (["a"], torch.ones(2, 6, dtype=torch.int64), ValueError, "numbers must be from -1 to 0, got 1 to 1"),
+        (["a", "z"], torch.zeros(2, 6, dtype=torch.int64), ValueError, "do not exist: z"),
+        (["a"], torch.zeros(2, 5, dtype=torch.int64), ValueError, "a name for each token"),
+        (["a"], torch.zeros(3, 6, dtype=torch.int64), ValueError, "got 3 for an input of 2"),
+    ],
+)
+def test_numbers_that_make_no_sense(adapters, numbers, error, message):
+    model = with_adapters(peft_fast, llama(), *MODELS["linear"])
+    with pytest.raises(error, match=message):
+        model(ids(2), adapter_names=TokenAdapters(adapters, numbers))
+
+
+def test_layers_that_run_one_by_one_drop_out_for_each_adapter_as_alone():
+    """DoRA beside plain LoRA, in one layer: neither's masks depend on the other's being there."""
+    one = {"r": 4, "lora_dropout": 0.4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(peft_fast, llama(), {**one, "use_dora": True}, one).train()
+    together = gradients(model, ids(5), ["b", "a", "b", "a", "a"])
+    torch.manual_seed(77)
+    alone = gradients(model, ids(5)[[1, 3, 4]], ["a"] * 3) | gradients(model, ids(5)[[0, 2]], ["b"] * 2)
+    alone = {key: gradient for key, gradient in alone.items() if gradient.abs().sum()}
+    assert set(together) == set(alone)
+    for key, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[key], rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def jobs_model(p: float = 0.1, **options) -> peft_fast.PeftModel:

@@ -14,10 +14,10 @@ class RandLoraConfig(SeededConfig):
     """delta = alpha / r * sum over j of B_j diag(lambda_j) A diag(gamma_j): A and the B_j are random, the same for all
     layers and not trained; there are so many of them that the sum has full rank (RandLoRA, arXiv 2502.00987).
 
-    r: of each basis; the smaller it is, the more there are, and the more is trained.
-    sparse, very_sparse: bases of -1, 0 and 1, of which 2/3 are 0, or all but 2 / sqrt(the smaller size).
-    projection_prng_key, save_projection: the bases' seed, and whether files have them.
-    randlora_alpha, randlora_dropout, init_weights: as lora_alpha, lora_dropout, init_lora_weights in LoRA.
+    r: of each basis; the smaller, the more there are, and the more is trained. sparse, very_sparse: bases of -1, 0
+      and 1, of which 2/3 are 0, or all but 2 / sqrt(the smaller size).
+    projection_prng_key, save_projection: the bases' seed, and whether files have them. randlora_alpha, init_weights,
+      randlora_dropout: as lora_alpha, init_lora_weights, lora_dropout.
     """
 
     tied_to_weights = ("peft_type", "r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse")

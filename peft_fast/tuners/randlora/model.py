@@ -37,5 +37,4 @@ class RandLoraModel(SharingTuner):
         else:  # in 16 bits, as peft draws them
             empty = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
             drawn = [nn.init.kaiming_uniform_(one, a=math.sqrt(5), generator=generator) for one in empty]
-        A, B = drawn[0], torch.cat(drawn[1:], dim=1)
-        return A / A.std(), B / B.std()
+        return tuple(one / one.std() for one in (drawn[0], torch.cat(drawn[1:], dim=1)))

@@ -11,7 +11,7 @@ ready = $(if $(filter .venv/bin/python,$(PY)),.venv/ready-$(1))
 # Two workers, one thread each: the tests' matrices are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help finetune test test-all check lint types format compile bench bench-pytest gpu clean
+.PHONY: help finetune test test-all check lint types format compile bench compare bench-pytest gpu clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
@@ -41,6 +41,8 @@ compile: $(call ready,test) ## compile every kernel for every GPU: registers, sp
 	@$(PY) -m bench.compile $(ARGS)
 bench: $(call ready,test) ## benchmarks on this machine: a table, and rows and a picture under bench/results
 	@$(PY) -m bench.run $(ARGS)
+compare: $(call ready,test) ## a training step beside peft's and Unsloth's: speed, memory, losses
+	@$(PY) -m bench.compare $(ARGS)
 bench-pytest: $(call ready,test) ## the same cases under pytest-benchmark, which keeps and compares runs
 	$(PY) -m pytest bench/test_bench.py --benchmark-columns=min,median,stddev,rounds $(ARGS)
 

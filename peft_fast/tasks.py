@@ -167,7 +167,7 @@ class PeftModelForQuestionAnswering(_WithHead):
 
     config: the base model's. cls_layer_name: where its `qa_outputs` are, which are trained and saved with each adapter.
     `token_type_ids` and `position_ids` do not reach the base model, in peft neither: an adapter that was trained there
-    has never seen them. That is warned of; `model.base_model(...)` takes them.
+    has never seen them. That is warned of; where no prompt is learned, `model.base_model(...)` takes them.
     After a prompt that is no prefix, positions are counted from the prompt's first token, in what the model puts out
     and in what it is trained with, as in peft.
     """
@@ -200,18 +200,16 @@ class PeftModelForQuestionAnswering(_WithHead):
             "return_dict": return_dict,
         }
         places = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        if self._is_prompt_learning:
-            given |= places
-        elif left_out := [name for name, value in places.items() if value is not None]:
+        if left_out := [name for name, value in places.items() if value is not None]:
             warnings.warn(
-                f"{' and '.join(left_out)} are left out, as in peft, so that its adapters give the same answers here: "
-                "call model.base_model(...) with them",
+                f"{' and '.join(left_out)} are left out, as in peft, so that its adapters give the same answers here"
+                + ("" if self._is_prompt_learning else ": call model.base_model(...) with them"),
                 stacklevel=2,
             )
         return self._call_base_model(given, task_ids, kwargs)
 
     def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
-        return call_with_prompt(self._tuner, inputs, task_ids, token_types=True)
+        return call_with_prompt(self._tuner, inputs, task_ids)
 
 
 class PeftModelForCausalLM(_Generating, _WithLabels):

@@ -65,7 +65,8 @@ class AdapterHolder(nn.Module):
             container = getattr(self, attribute)
             if adapter_name in container:
                 entry = container[adapter_name]
-                found += [entry] if isinstance(entry, nn.Parameter) else list(entry.parameters())
+                # Within torch.func.functional_call a plain tensor stands in a parameter's place.
+                found += list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
         return found
 
     def adapter_state_keys(self, adapter_name: str) -> dict[str, str]:

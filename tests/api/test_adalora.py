@@ -56,6 +56,24 @@ def test_training_is_pefts(llama, tokens):
     assert len(set(kept)) > 1
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_overflow(value, llama, tokens):
+    """As in the first steps with a GradScaler, which leaves these out: what is dropped later is as if they were not."""
+    patterns = []
+    for overflows in (False, True):
+        model = small(peft_fast, llama())
+        if overflows:
+            model(tokens, labels=tokens).loss.backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(value)
+            model.base_model.update_and_allocate(0)
+            model.zero_grad()
+        patterns.append(json.loads(trained(peft_fast, model, tokens)[-1][1]))
+    assert patterns[0] == patterns[1]
+    assert sum(map(sum, patterns[1].values())) == 2 * len(patterns[1])
+
+
 def test_the_term_in_the_loss(llama, tokens):
     """Only where the model's outputs have a loss, and only of the adapter that is trained."""
     models = [small(peft_fast, llama(), orth_reg_weight=weight) for weight in (0.0, 1.0)]

@@ -142,6 +142,23 @@ class TestFourierFT:
             results.append(model(X.bfloat16()).float())
         torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
 
+    def test_trained_biases(self, tmp_path):
+        """By peft's name for the option, which is not the method's."""
+        results = []
+        for library in LIBRARIES:
+            torch.manual_seed(2)
+            config = library.FourierFTConfig(target_modules=["0", "2"], n_frequency=5, bias="fourier_only")
+            model = library.get_peft_model(base(), config)
+            results.append({n: p for n, p in model.named_parameters() if p.requires_grad})
+            with torch.no_grad():
+                model.base_model.model[2].base_layer.bias.add_(1)
+            model.save_pretrained(tmp_path / library.__name__)
+            loaded = [other.PeftModel.from_pretrained(base(), tmp_path / library.__name__) for other in LIBRARIES]
+            for other in loaded:
+                torch.testing.assert_close(other(X), model(X))
+        torch.testing.assert_close(*results)
+        assert "base_model.model.2.base_layer.bias" in results[0]
+
     def test_patterns(self):
         results = []
         for library in LIBRARIES:

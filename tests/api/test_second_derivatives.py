@@ -53,6 +53,49 @@ def test_as_in_peft(llama, trained, options):
     assert any(bool(g.any()) for g in ours[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("IA3", {"feedforward_modules": ["2"], "init_ia3_weights": False}),
+        ("LoHa", {"r": 2, "init_weights": False}),
+        ("LoKr", {"r": 2, "init_weights": False}),
+        ("Shira", {"r": 1, "init_weights": False, "random_seed": 1}),
+        ("Vera", {"r": 2, "init_weights": False}),
+        ("OFT", {"oft_block_size": 2, "init_weights": False}),
+        ("HRA", {"r": 2, "init_weights": False}),
+        ("RandLora", {"r": 2, "init_weights": False}),
+        ("FourierFT", {"n_frequency": 4}),
+    ],
+)
+def test_other_methods(method, options, dtype):
+    """Hessians through create_graph and, from first derivatives of torch.func, by difference quotients of them."""
+    torch.manual_seed(0)
+    config = getattr(peft_fast, f"{method}Config")(target_modules=["0", "2"], **options)
+    base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
+    model = peft_fast.get_peft_model(base, config).to(dtype)
+    x, step = torch.randn(3, 6, dtype=dtype), 1e-3
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach() for name, p in parameters.items()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def moved(by):
+        return torch.func.grad(loss)({name: p + by for name, p in start.items()})
+
+    first = torch.autograd.grad(loss(parameters), list(parameters.values()), create_graph=True)
+    torch.testing.assert_close(dict(zip(parameters, first)), torch.func.grad(loss)(start))
+    _, slope = torch.func.jvp(loss, (start,), ({name: torch.ones_like(p) for name, p in start.items()},))
+    torch.testing.assert_close(slope, sum(g.sum() for g in first).detach())
+    second = torch.autograd.grad(sum(g.sum() for g in first), list(parameters.values()))
+    if dtype == torch.float64:
+        up, down = moved(step), moved(-step)
+        expected = [(up[name] - down[name]) / (2 * step) for name in parameters]
+        torch.testing.assert_close(list(second), expected, rtol=1e-3, atol=1e-3)
+    assert any(bool(g.any()) for g in second)
+
+
 @pytest.mark.parametrize("change", ["forward", "vmap", "jacrev"])
 def test_a_layer_alone(change):
     found = []

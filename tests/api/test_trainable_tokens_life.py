@@ -142,6 +142,15 @@ def test_it_compiles_to_one_graph_and_trains_with_checkpointing():
         close(one, other)
 
 
+def test_training_after_a_call_in_inference_mode():
+    """As Lightning has it, which validates before it trains."""
+    model = adapted(peft_fast, "tied", [1, 3])
+    with torch.inference_mode():
+        model(input_ids=IDS)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 BAD = {
     "unknown": ({"nope": [1]}, {}, "'nope' not found"),
     "beyond": ([V], {}, "from 0 to 39"),

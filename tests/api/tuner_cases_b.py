@@ -139,7 +139,7 @@ METHODS = [
             "pattern": ({"n_frequency_pattern": {"x": 0}}, "must be a positive integer"),
             "seed": ({"random_loc_seed": None}, "random_loc_seed must be an integer of 64 bits"),
             "scaling": ({"scaling": float("inf")}, "scaling must be a finite number"),
-            "bias": ({"bias": "fourier_only"}, "bias must be one of 'none', 'all', 'fourierft_only'"),
+            "bias": ({"bias": "x"}, "bias must be one of 'none', 'all', 'fourier_only', 'fourierft_only'"),
             "expression": ({"target_modules": "x", "layers_to_transform": 1}, "needs target_modules as a list"),
         },
         like_the_base={"init_weights": True},

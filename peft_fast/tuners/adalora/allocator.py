@@ -50,7 +50,8 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
-        """Take the gradients into account. Raises ValueError, with nothing changed, where there are none."""
+        """Take the gradients into account, where they are finite. Raises ValueError, with nothing changed, where there
+        are none."""
         found = self._parameters(model, *FACTORS)
         without = [name for name, parameter in found if parameter.grad is None]
         if without:
@@ -61,10 +62,12 @@ class RankAllocator:
         for name, parameter in found:
             gradient: Any = parameter.grad
             now = (parameter * gradient).abs()
-            mean, spread = self.exp_avg_ipt.get(name, 0.0), self.exp_avg_unc.get(name, 0.0)
-            mean = self.beta1 * mean + (1 - self.beta1) * now
-            self.ipt[name], self.exp_avg_ipt[name] = now, mean
-            self.exp_avg_unc[name] = self.beta2 * spread + (1 - self.beta2) * (now - mean).abs()
+            nothing = torch.zeros_like(now)
+            mean, spread = self.exp_avg_ipt.get(name, nothing), self.exp_avg_unc.get(name, nothing)
+            counts = now.isfinite()  # an overflow, whose step a GradScaler leaves out, would stay in the means for good
+            mean = torch.where(counts, self.beta1 * mean + (1 - self.beta1) * now, mean)
+            spread = torch.where(counts, self.beta2 * spread + (1 - self.beta2) * (now - mean).abs(), spread)
+            self.ipt[name], self.exp_avg_ipt[name], self.exp_avg_unc[name] = now, mean, spread
 
     def _scores(self, name_E: str) -> Tensor:
         """The importance of a layer's values: [r]."""

@@ -17,7 +17,7 @@ class FourierFTConfig(SeededConfig):
 
     random_loc_seed: says which entries these are. n_frequency_pattern: {regular expression for the end of a path:
       another n_frequency there}. init_weights: True for a start as the base model; False draws the entries.
-    bias: "none", "all", "fourierft_only".
+    bias: "none", "all", "fourier_only" (peft's name), "fourierft_only" (the same).
     Raises ValueError or TypeError for options that cannot be.
     """
 
@@ -26,7 +26,7 @@ class FourierFTConfig(SeededConfig):
     positive = ("n_frequency",)
     numbers = ("scaling",)
     switches = ("fan_in_fan_out", "init_weights")
-    choices: ClassVar = {"bias": ("none", "all", "fourierft_only")}
+    choices: ClassVar = {"bias": ("none", "all", "fourier_only", "fourierft_only")}
 
     n_frequency: int = 1000
     scaling: float = 150.0

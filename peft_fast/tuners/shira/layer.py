@@ -5,14 +5,15 @@ taken. In fp32 the sum is multiplied by, one product for both. In 16 bits most o
 there, and for weights of a few bits, the base layer is called, and D takes a product of its own.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from peft_fast.dispatch import Choice
+from peft_fast.ops.plain import is_transformed
 from peft_fast.tuners._buffer_dict import BufferDict
 from peft_fast.tuners.base_weight import linear_features, matmul_weight
 from peft_fast.tuners.scaling import ScaledLayer
@@ -20,16 +21,15 @@ from peft_fast.tuners.scaling import ScaledLayer
 
 class _Sparse(torch.autograd.Function):
     """x [M, K] (W + D)^T in x's dtype; `weight` W [N, K], or None for zeros; D [N, K] has `values` at `places`, counted
-    along its rows. Differentiable in x and values."""
+    along its rows. Differentiable in x and values, any number of times; `_multiplied` is for torch.func."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, places: Tensor, shape: tuple[int, int], weight: Any) -> Tensor:
         ctx.save_for_backward(x, values, places, weight)
         ctx.shape = shape
-        return x @ _summed(values, places, shape, weight, x.dtype).t()
+        return _multiplied(x, values, places, shape, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         x, values, places, weight = ctx.saved_tensors
         dx = dvalues = None
@@ -41,8 +41,15 @@ class _Sparse(torch.autograd.Function):
 
 
 def _summed(values: Tensor, places: Tensor, shape: tuple[int, int], weight: Any, dtype: torch.dtype) -> Tensor:
-    total = values.new_zeros(shape) if weight is None else weight.detach().to(values.dtype, copy=True)
-    return total.contiguous().view(-1).index_add_(0, places, values).view(shape).to(dtype)
+    if weight is None:
+        total = values.new_zeros(math.prod(shape)).index_add_(0, places, values)
+    else:
+        total = weight.detach().to(values.dtype).contiguous().view(-1).index_add(0, places, values)
+    return total.view(shape).to(dtype)
+
+
+def _multiplied(x: Tensor, values: Tensor, places: Tensor, shape: tuple[int, int], weight: Any) -> Tensor:
+    return x @ _summed(values, places, shape, weight, x.dtype).t()
 
 
 class ShiraLayer(ScaledLayer):
@@ -125,14 +132,15 @@ class ShiraLayer(ScaledLayer):
             return self.base_layer(x, *args, **kwargs)
         values, places = self.entries(names)
         shape = (self.out_features, self.in_features)
+        multiplied = _multiplied if is_transformed() else _Sparse.apply
         if self._why_apart() is None and not (args or kwargs) and x.dtype == torch.float32 and not _autocasts(x):
-            y = _Sparse.apply(x.reshape(-1, x.shape[-1]), values, places, shape, self.weight)
+            y = multiplied(x.reshape(-1, x.shape[-1]), values, places, shape, self.weight)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         y = self.base_layer(x, *args, **kwargs)
         z = x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
         with torch.autocast(x.device.type, enabled=False):
-            change = _Sparse.apply(z.reshape(-1, z.shape[-1]), values, places, shape, None)
+            change = multiplied(z.reshape(-1, z.shape[-1]), values, places, shape, None)
         return y + change.view(y.shape).to(y.dtype)
 
     def _why_apart(self) -> str | None:

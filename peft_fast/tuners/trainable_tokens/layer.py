@@ -147,7 +147,8 @@ class TrainableTokensLayer(BaseTunerLayer):
             tokens = sorted(row_of)
             rows = [row_of[token] for token in tokens]
             padding: Any = getattr(self.get_base_layer(), "padding_idx", None)
-            at = torch.tensor(tokens, device=device), torch.tensor(rows, device=device)
+            with torch.inference_mode(False):  # what is made in that mode could not be trained with later
+                at = torch.tensor(tokens, device=device), torch.tensor(rows, device=device)
             self._places[key] = (*at, row_of.get(padding))
         return self._places[key]
 

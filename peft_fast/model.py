@@ -340,7 +340,9 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
             self.peft_config[adapter_name].check_weights_of(config, of_any_size=ignore_mismatched_sizes)
         tensors = load_peft_weights(model_id, torch_device, key_mapping, **hub_arguments)
         method_class(config.peft_type).check_file(config, tensors)
-        with unchanged_on_error(self):
+        with unchanged_on_error(self, self.peft_config.get(adapter_name)):
+            if not new and not is_trainable and isinstance(self._tuner, PromptTuner):
+                self._tuner.stop_encoding(adapter_name)
             if new:
                 note_offload(config, ephemeral_gpu_offload)
                 config.inference_mode = not is_trainable

@@ -168,6 +168,32 @@ class TestStateDicts:
         with untouched(model), pytest.raises(ValueError, match="has the prompt that an encoder put out"):
             peft_fast.set_peft_model_state_dict(model, tensors)
 
+    @pytest.mark.parametrize("method", ["projected", "mlp", "lstm", "cpt"])
+    def test_load_adapter_takes_the_encoder_out_to_use_the_prompt(self, method, tmp_path, untouched):
+        """As Trainer does to load the best model; for training on, which peft then does with another prompt, an error.
+        A file that is none leaves everything as it was."""
+        best = prompted(peft_fast, method, "llama", "CAUSAL_LM")
+        best.save_pretrained(tmp_path / "best")
+        expected = answer(best, "CAUSAL_LM", method)
+        model = prompted(peft_fast, method, "llama", "CAUSAL_LM")
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter += 0.1
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / CONFIG).write_text((tmp_path / "best" / CONFIG).read_text())
+        save_file({"prompt_embeddings": torch.zeros(3, 3)}, tmp_path / "broken" / WEIGHTS)
+        with untouched(model):
+            with pytest.raises(ValueError, match="prompt_embeddings"):
+                model.load_adapter(tmp_path / "broken", "default")
+            with pytest.raises(ValueError, match="has the prompt that an encoder put out"):
+                model.load_adapter(tmp_path / "best", "default", is_trainable=True)
+        with pytest.warns(UserWarning, match="makes room for the prompt"):
+            model.load_adapter(tmp_path / "best", "default")
+        torch.testing.assert_close(answer(model, "CAUSAL_LM", method), expected)
+        assert not any(p.requires_grad for p in model.prompt_encoder.parameters())
+        model.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(*(load_file(tmp_path / name / WEIGHTS) for name in ("best", "again")))
+
     def test_the_base_models(self):
         model = prompted(peft_fast, "prefix", "bert", "SEQ_CLS")
         plain = base("bert", "SEQ_CLS").state_dict()

@@ -111,6 +111,20 @@ class PromptTuner:
         config.check()
         return cls(config, embeddings).to(home(embeddings) or embeddings.weight.device)
 
+    def stop_encoding(self, adapter_name: str) -> None:
+        """Make room for a file's prompt, which an encoder has put out already: as Trainer loads the best one after
+        training. What the encoder has learned is gone then, and the prompt cannot be trained any further."""
+        if self.owner.prompt_encoder[adapter_name].is_plain:
+            return
+        config = self.peft_config[adapter_name]
+        config.inference_mode = True
+        self.owner.prompt_encoder[adapter_name] = self._new_encoder(config).requires_grad_(False)
+        warnings.warn(
+            f"the encoder of adapter {adapter_name!r} makes room for the prompt that the file has: it can be used, and "
+            "not trained any further",
+            stacklevel=3,
+        )
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove a prompt. Was it the active one, the first that is left takes its place, with a warning."""
         self._check_known([adapter_name])

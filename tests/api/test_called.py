@@ -273,6 +273,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow  # two processes for each of eight models: 12 s
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp_of_both_generations_trains_as_one_process_does(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

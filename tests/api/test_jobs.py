@@ -62,7 +62,7 @@ def test_gradients_are_those_of_each_job_alone(llama, llama_4bit, kind):
         assert_same(together, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.slow)])
 def test_fifty_steps_together_are_fifty_steps_alone(llama, llama_4bit, bits):
     base = (llama_4bit if bits == 4 else llama)(num_hidden_layers=1)
     together = trained(copy.deepcopy(base), *(job(name, max_steps=50) for name in "abcd"))

@@ -121,7 +121,10 @@ def test_pefts_extra_is_what_its_code_says(p, per_product):
 LIMITS = {(4, 0.0, "split"): (0.35, 0.45), (4, 0.05, "split"): (0.28, 0.38), (4, 0.0, "merge"): (0.16, 0.36)}
 
 
-@pytest.mark.parametrize(("bits", "p", "route"), LIMITS)
+@pytest.mark.parametrize(
+    ("bits", "p", "route"),
+    [case if case[2] == "merge" else pytest.param(*case, marks=pytest.mark.slow) for case in LIMITS],
+)
 def test_extra_traffic_of_a_llama_layer(bits, p, route):
     """At Llama-3-8B's width and 4096 tokens."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # GB of it

@@ -35,6 +35,7 @@ def test_the_base_is_prepared_once_and_in_one_piece(tmp_path, monkeypatch):
     assert embedded.prepare(recipe, show_progress=False) == made
 
 
+@pytest.mark.slow
 def test_no_paragraph_of_a_heldout_file_is_in_the_prose():
     """Files share docstrings: without care, 4 of the 402 paragraphs of held-out files are (Python 3.11)."""
     recipe = embedded.Recipe()

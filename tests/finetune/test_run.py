@@ -229,6 +229,7 @@ def test_a_check_that_fails_ends_the_run():
         run._check({"before": 2.0, "after": 1.0, "adapter_disabled": 2.0, "reloaded": float("nan")})
 
 
+@pytest.mark.slow
 def test_a_verification_that_breaks_ends_with_the_summary_and_a_message(arguments, tmp_path, monkeypatch, capsys):
     """The reload fails in its own process (the data is gone by then): what was trained is still shown and found."""
     gone = tmp_path / "gone.jsonl"

@@ -73,6 +73,10 @@ class Running:
         """Whether the next forward is the last one before a step."""
         return self.forwards + 1 >= self.job.accumulation
 
+    def norm(self) -> Tensor:
+        """Of all gradients together."""
+        return torch.nn.utils.get_total_norm(self.gradients())
+
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 

@@ -3,12 +3,14 @@
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_fast.checkpoint import get_peft_model_state_dict
@@ -178,7 +180,7 @@ class JobTrainer:
             return {}
         found = shared.backward(logits, batch, [running.factor for running, _ in taken])
         del logits
-        norms = [_norm(running).to(found.device) if running.is_due else found.new_zeros(()) for running, _ in taken]
+        norms = [running.norm().to(found.device) if running.is_due else found.new_zeros(()) for running, _ in taken]
         losses, sizes = torch.stack([found, torch.stack(norms).to(found.dtype)]).tolist()  # the one wait for the device
         for i, (running, _) in enumerate(taken):
             with self._failing_alone(running):
@@ -206,7 +208,7 @@ class JobTrainer:
         batch = shared.join([(running.name, samples) for running, samples in taken], self._padding)
         try:
             return taken, shared.forward(self.model, batch, self.autocast), batch
-        except Exception as error:
+        except Exception as error:  # raised again where no job alone is to blame
             culprits = self._culprits(taken, error)
             if not culprits:
                 self._training.counts.update(counts)
@@ -303,11 +305,13 @@ class JobTrainer:
     def _failing_alone(self, running: Running) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - the other jobs go on; it is kept in the job's result
+        except Exception as error:  # noqa: BLE001 - a job's data and optimiser may raise anything; _fail says it
             self._fail(running, error)
 
     def _fail(self, running: Running, error: Exception) -> None:
-        self._end(running, "failed", f"{type(error).__name__}: {error}", error)
+        reason = f"{type(error).__name__}: {error}"  # of the user's data, optimiser, ...: of any class
+        warnings.warn(f"job {running.name!r} failed, the others go on: {reason}", stacklevel=2)
+        self._end(running, "failed", reason, error)
 
     def _end(self, running: Running, state: str, reason: str, error: BaseException | None = None) -> JobResult:
         """Write the adapter, free what the job had, and note how it ended."""
@@ -315,7 +319,7 @@ class JobTrainer:
         result = running.result(state, reason, running.folder, error)
         try:
             self._write(running, result)
-        except Exception as problem:  # noqa: BLE001 - no job's end is another's; it is kept in the result
+        except (OSError, ValueError, RuntimeError, SafetensorError) as problem:  # kept in the result
             reason = f"{reason}; the adapter was not written, and stays in the model: {problem}"
             result = running.result("failed", reason, None, error or problem)
         running.optimizer.zero_grad(set_to_none=True)
@@ -393,7 +397,3 @@ class JobTrainer:
 
 def _longest(one: tuple[Running, list[Sample]]) -> int:
     return max(len(sample.ids) for sample in one[1])
-
-
-def _norm(running: Running) -> Tensor:
-    return torch.nn.utils.get_total_norm(running.gradients())

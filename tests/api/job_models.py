@@ -51,3 +51,29 @@ def trained(base: Any, *jobs: Job, **options: Any) -> JobTrainer:
 
 def weights(trainer: JobTrainer, name: str) -> dict[str, Tensor]:
     return {key: p.detach().clone() for key, p in trainer._parameters(name).items()}
+
+
+class Stream:
+    """Samples without a length, the same ones each time."""
+
+    def __init__(self, samples: list[dict]) -> None:
+        self.samples = samples
+
+    def __iter__(self):
+        yield from self.samples
+
+
+def bad_rows(kind: str):
+    """Four good samples and then something."""
+    yield from rows("b", 4)
+    if kind == "raises":
+        raise OSError("the disk is gone")
+    yield {
+        "id": {"input_ids": [1, 2, 96]},
+        "labels": {"input_ids": [1, 2, 3], "labels": [1, 2, 1000]},
+        "no labels": {"input_ids": [1, 2], "labels": [5, -100]},
+        "column": {"input_ids": [1, 2], "text": "x"},
+        "no sample": [1, 2],
+        "floats": {"input_ids": [1.5, 2.0]},
+        "lengths": {"input_ids": [1, 2], "labels": [1, 2, 3]},
+    }[kind]

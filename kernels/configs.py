@@ -131,7 +131,10 @@ def lora_down_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
 
 def lora_up_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
     """With 64 rows a rank tile of 64 spills on every target."""
-    block_m, block_c = (16 if length <= 16 else 64 if itemsize == 2 else 32), 128 if itemsize == 2 else 64
+    block_m, block_c = (
+        (16 if length <= 16 else 64 if itemsize == 2 and length > 32 else 32),
+        128 if itemsize == 2 else 64,
+    )
     block_r = min(rank_block(R, itemsize), 64 if block_m == 16 else 32)
     return dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=4 if aligned else 8)
 

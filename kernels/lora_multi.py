@@ -23,6 +23,7 @@ backward is ours.
 import functools
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from . import configs, dropout, tiles
 from .reduce import sum_partials
-from .segments import Constant, Drop, Segments, blocks, starts_of
+from .segments import Constant, Drop, Groups, Segments, starts_of
 from .tiles import dropout_mask, input_precision, rows
 
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -69,14 +70,21 @@ def _in_batch(order_ptr, first, i, count):
 
 @triton.jit
 def _factor(
-    table_ptr, t, r, R, columns, C, TYPE: tl.constexpr, OF_B: tl.constexpr, ALIGNED: tl.constexpr
+    stack_ptr, table_ptr, t, r, R, columns, C, TYPE: tl.constexpr, OF_B: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_C] of A_t [R, C] or B_t [C, R]; r [BLOCK_R, 1], columns [1, BLOCK_C]. ALIGNED: they begin at
-    multiples of 16 bytes and all ranks are multiples of 8: 16 bytes of a row can be read at once."""
-    address = tl.load(table_ptr + t * WIDTH + ADDRESS)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    factor_ptr = address.to(tl.pointer_type(TYPE))
+    """[BLOCK_R, BLOCK_C] of A_t [R, C] or B_t [C, R]; r [BLOCK_R, 1], columns [1, BLOCK_C]. Where they lie is in the
+    table, or they lie one behind the other from stack_ptr on. ALIGNED: they begin at multiples of 16 bytes and all
+    ranks are multiples of 8: 16 bytes of a row can be read at once."""
+    if stack_ptr is None:
+        address = tl.load(table_ptr + t * WIDTH + ADDRESS)
+        if ALIGNED:
+            address = tl.multiple_of(address, 16)
+        factor_ptr = address.to(tl.pointer_type(TYPE))
+    else:
+        begin = tl.load(table_ptr + t * WIDTH + OFFSET) * C
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 8)
+        factor_ptr = stack_ptr + begin
     if OF_B:
         stride = (R // 8) * 8 if ALIGNED else R
         place = columns.to(tl.int64) * stride + r
@@ -97,7 +105,7 @@ def _kept(x, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C: tl.constexpr, DRO
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
 def _lora_down_multi_kernel(
-    x_ptr, s_ptr, order_ptr, blocks_ptr, table_ptr, keys_ptr,
+    x_ptr, s_ptr, order_ptr, blocks_ptr, stack_ptr, table_ptr, keys_ptr,
     M, C, stride_x_m, stride_s_m, steps_per_split,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, OF_B: tl.constexpr,
     ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -115,7 +123,7 @@ def _lora_down_multi_kernel(
             columns = c0 + tl.arange(0, BLOCK_C)[None, :]
             x = tl.load(x_ptr + m * stride_x_m + columns, mask=inside & (columns < C), other=0.0)
             x = _kept(x, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C, DROPOUT)
-            factor = _factor(table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
+            factor = _factor(stack_ptr, table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
             acc = tl.dot(x, tl.trans(factor.to(x.dtype)), acc, input_precision=PRECISION)
         s_ptr += split.to(tl.int64) * M * stride_s_m
         tl.store(s_ptr + m * stride_s_m + r[None, :], acc * number, mask=inside & (r[None, :] < R))
@@ -123,7 +131,7 @@ def _lora_down_multi_kernel(
 
 @triton.jit
 def _lora_up_multi_kernel(
-    y_ptr, s_ptr, order_ptr, blocks_ptr, table_ptr, keys_ptr,
+    y_ptr, s_ptr, order_ptr, blocks_ptr, stack_ptr, table_ptr, keys_ptr,
     C, stride_y_m, stride_s_m,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, TYPE: tl.constexpr, OF_B: tl.constexpr,
     ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,7 +146,7 @@ def _lora_up_multi_kernel(
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             s = tl.load(s_ptr + m * stride_s_m + r[None, :], mask=inside & (r[None, :] < R), other=0.0)
-            factor = _factor(table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
+            factor = _factor(stack_ptr, table_ptr, t, r[:, None], R, columns, C, TYPE, OF_B, ALIGNED)
             acc = tl.dot(s, factor.to(s.dtype), acc, input_precision=PRECISION)
         acc = _kept(acc * number, table_ptr, keys_ptr, t, own_rows, c0, C, BLOCK_C, DROPOUT)
         y_ptrs, of_y = y_ptr + m * stride_y_m + columns, inside & (columns < C)
@@ -177,19 +185,39 @@ def _lora_gram_multi_kernel(
         tl.store(out_ptr + place, acc * number, mask=(rank < R) & (columns < C))
 
 
+@dataclass
 class Factors:
     """The A_t, or the B_t, of a launch: what the kernels are told of them."""
 
-    def __init__(self, tensors: Sequence[Tensor], of_b: bool, numbers: Sequence[float], drop: Drop | None) -> None:
-        self.tensors = [t.contiguous() for t in tensors]  # of a copy the address is taken: it has to live
-        self.of_b = of_b
-        self.ranks = tuple(t.shape[int(of_b)] for t in tensors)
-        self.dtype, self.device = tensors[0].dtype, tensors[0].device
-        thresholds = tuple(dropout.threshold(p) for p in drop.p) if drop else (0,) * len(tensors)
-        self.keys: Tensor | None = None
-        addresses = tuple(t.data_ptr() for t in self.tensors)
-        self.table = _table(addresses, self.ranks, thresholds, tuple(numbers), self.device)
-        self.aligned = all(a % 16 == 0 for a in addresses) and all(rank % 8 == 0 for rank in self.ranks)
+    tensors: list[Tensor]  # whose addresses are in the table: they have to live
+    stack: Tensor | None  # or they are all in this one
+    of_b: bool
+    ranks: tuple[int, ...]
+    table: Tensor
+    aligned: bool
+    keys: Tensor | None = None
+
+    @staticmethod
+    def apart(tensors: Sequence[Tensor], of_b: bool, numbers: Sequence[float], drop: Drop | None) -> "Factors":
+        """Each A_t [R_t, C], or B_t [C, R_t], in a tensor of its own."""
+        own = [t.contiguous() for t in tensors]
+        ranks, addresses = tuple(t.shape[int(of_b)] for t in own), tuple(t.data_ptr() for t in own)
+        thresholds = tuple(dropout.threshold(p) for p in drop.p) if drop else (0,) * len(own)
+        aligned = all(a % 16 == 0 for a in addresses) and all(rank % 8 == 0 for rank in ranks)
+        table = _table(addresses, ranks, thresholds, tuple(numbers), own[0].device)
+        return Factors(own, None, of_b, ranks, table, aligned)
+
+    @staticmethod
+    def stacked(stack: Tensor, of_b: bool, number: float) -> "Factors":
+        """[T, R, C], or [T, C, R], in one tensor: the table is the same wherever that lies."""
+        T, R = stack.shape[0], stack.shape[1 + of_b]
+        stack, ranks, nothing = stack.contiguous(), (R,) * T, (0,) * T
+        table = _table(nothing, ranks, nothing, (number,) * T, stack.device)
+        return Factors([], stack, of_b, ranks, table, stack.data_ptr() % 16 == 0 and R % 8 == 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.tensors[0] if self.stack is None else self.stack).dtype
 
     @property
     def settings(self) -> dict:
@@ -199,7 +227,7 @@ class Factors:
 
 def _of_A(A: Sequence[Tensor], drop: Drop) -> Factors:
     def make() -> Factors:
-        return Factors(A, False, [dropout.correction(p) for p in drop.p], drop)
+        return Factors.apart(A, False, [dropout.correction(p) for p in drop.p], drop)
 
     factors = A.keep("factors", make) if isinstance(A, Constant) else make()
     factors.keys = drop.keys if any(drop.p) else None
@@ -208,7 +236,7 @@ def _of_A(A: Sequence[Tensor], drop: Drop) -> Factors:
 
 def _of_B(B: Sequence[Tensor], scale: Sequence[float]) -> Factors:
     def make() -> Factors:
-        return Factors(B, True, scale, None)
+        return Factors.apart(B, True, scale, None)
 
     return B.keep("factors", make) if isinstance(B, Constant) else make()
 
@@ -230,12 +258,12 @@ def _table(
 
 def lora_down_multi(x: Tensor, A: Sequence[Tensor], segments: Segments, drop: Drop) -> Tensor:
     """s [M, largest R_t] in x's dtype."""
-    return _down(rows(x), _of_A(A, drop), segments)
+    return down(rows(x), _of_A(A, drop), segments)
 
 
 def lora_up_add_multi_(y: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], segments: Segments) -> None:
     """y [M, N] += scale_t * s @ B_t.T, in place, in the rows of each adapter t."""
-    _up(y, rows(s), _of_B(B, scale), segments)
+    up(y, rows(s), _of_B(B, scale), segments)
 
 
 def lora_up_multi_backward(
@@ -250,8 +278,8 @@ def lora_up_multi_backward(
     """ds [M, largest R_t] in dy's dtype and the dB_t [N, R_t] in B's, one behind the other, each None where it is not
     needed."""
     dy, factors = rows(dy), _of_B(B, scale)
-    ds = _down(dy, factors, segments) if needs_ds else None
-    return ds, _gram(rows(s), dy, factors, segments) if needs_dB else None
+    ds = down(dy, factors, segments) if needs_ds else None
+    return ds, gram(rows(s), dy, factors, segments, factors.dtype) if needs_dB else None
 
 
 def lora_down_multi_backward(
@@ -267,57 +295,51 @@ def lora_down_multi_backward(
     to dx [M, K], in place, if given."""
     factors = _of_A(A, drop)
     if dx is not None:
-        _up(dx, rows(ds), factors, segments)
-    return _gram(rows(ds), rows(x), factors, segments) if needs_dA else None
+        up(dx, rows(ds), factors, segments)
+    return gram(rows(ds), rows(x), factors, segments, factors.dtype) if needs_dA else None
 
 
-def _down(x: Tensor, factors: Factors, segments: Segments) -> Tensor:
+def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
     (M, C), largest = x.shape, max(factors.ranks)
-    config = configs.lora_down_multi(max(segments.lengths, default=0), largest, x.element_size(), factors.aligned)
-    pieces = blocks(segments.lengths, config["BLOCK_M"], x.device)
+    config = configs.lora_down_multi(segments.longest, largest, x.element_size(), factors.aligned)
+    pieces = segments.cut(config["BLOCK_M"], x.device)
     tiles_of_rank = triton.cdiv(largest, config["BLOCK_R"])
     splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], max(1, len(pieces) * tiles_of_rank))
     s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if len(pieces) and largest:
         _lora_down_multi_kernel[(len(pieces), tiles_of_rank, splits)](
-            x, s, segments.order, pieces, factors.table, factors.keys, M, C, x.stride(0), s.stride(1), steps,
+            x, s, segments.order, pieces, factors.stack, factors.table, factors.keys,
+            M, C, x.stride(0), s.stride(1), steps,
             PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
         )  # fmt: skip
     return s[0] if splits == 1 else sum_partials(s, x.dtype)
 
 
-def _up(y: Tensor, s: Tensor, factors: Factors, segments: Segments) -> None:
+def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> None:
     assert y.stride(1) == 1
-    config = configs.lora_up_multi(
-        max(segments.lengths, default=0), max(factors.ranks), y.element_size(), factors.aligned
-    )
-    pieces, C = blocks(segments.lengths, config["BLOCK_M"], y.device), y.shape[1]
+    config = configs.lora_up_multi(segments.longest, max(factors.ranks), y.element_size(), factors.aligned)
+    pieces, C = segments.cut(config["BLOCK_M"], y.device), y.shape[1]
     if len(pieces) and max(factors.ranks):
         _lora_up_multi_kernel[(len(pieces), triton.cdiv(C, config["BLOCK_C"]))](
-            y, s, segments.order, pieces, factors.table, factors.keys, C, y.stride(0), s.stride(0),
+            y, s, segments.order, pieces, factors.stack, factors.table, factors.keys, C, y.stride(0), s.stride(0),
             PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
         )  # fmt: skip
 
 
-def _gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments) -> Tensor:
-    """[sum of R_t * C]"""
+def gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments | Groups, dtype: torch.dtype) -> Tensor:
+    """[sum of R_t * C] in `dtype`"""
     C, largest = v.shape[1], max(factors.ranks)
     config = configs.lora_gram_multi(largest, v.element_size())
-    out = torch.empty(sum(factors.ranks) * C, dtype=factors.dtype, device=v.device)
+    out = torch.empty(sum(factors.ranks) * C, dtype=dtype, device=v.device)
     if out.numel():
         grid = len(factors.ranks), triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(largest, config["BLOCK_R"])
-        starts = _starts(segments.lengths, v.device)
         _lora_gram_multi_kernel[grid](
-            u, v, out, segments.order, starts, factors.table, factors.keys, C, u.stride(0), v.stride(0),
+            u, v, out, segments.order, segments.starts_on(v.device), factors.table, factors.keys,
+            C, u.stride(0), v.stride(0),
             OF_B=factors.of_b, DROPOUT=factors.keys is not None, PRECISION=input_precision(), enable_fp_fusion=True,
             **config,
         )  # fmt: skip
     return out
-
-
-@functools.lru_cache(maxsize=256)
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(starts_of(lengths), dtype=torch.int32).to(device, non_blocking=True)
 
 
 def why_not(dtype: torch.dtype, adapters: tuple[torch.dtype, ...] = ()) -> str | None:

@@ -27,6 +27,45 @@ class Segments(NamedTuple):
         """Where each segment begins in `order`, and where the last one ends: T + 1 numbers."""
         return starts_of(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def cut(self, size: int, device: torch.device) -> Tensor:
+        return blocks(self.lengths, size, device)
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        """int32 [T + 1]"""
+        return _starts_on(self.lengths, device)
+
+
+class Groups(NamedTuple):
+    """Segments whose lengths the device alone knows, of rows that are sorted: those of experts, which a router picks.
+    Made once for a layer by `of_sorted`; nothing waits for the device.
+    """
+
+    starts: Tensor  # int32 [T + 1]: where each segment begins, and where the last one ends
+    pieces: Tensor | None  # int32 [M // size + T, 4], as of `blocks`, for kernels; those left over have no rows
+    size: int  # of a piece
+    M: int
+
+    @property
+    def order(self) -> None:
+        """Rows as they come."""
+
+    @property
+    def longest(self) -> int:
+        """What the launch is made for: nobody knows how long they are."""
+        return self.size
+
+    def cut(self, size: int, device: torch.device) -> Tensor:
+        if self.pieces is None or size != self.size:
+            raise ValueError(f"a kernel wants pieces of {size} rows: these groups were made for torch, or another size")
+        return self.pieces
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        return self.starts
+
 
 class Constant(tuple):
     """Tensors that do not change while this object lives. What has been made of them is kept in it: stacks, tables."""
@@ -90,6 +129,36 @@ def of_samples(adapter: Sequence[int], rows: int, count: int, device: torch.devi
     return Segments(order.flatten(), tuple(lengths), len(adapter) * rows)
 
 
+def of_sorted(numbers: Tensor, count: int, cut: Callable[[Tensor, int, int], Tensor] | None = None) -> Groups:
+    """Groups of rows that are sorted by their segment: `numbers`, integers [M] from 0 to count - 1, ascending. `cut`:
+    what makes the pieces."""
+    M = numbers.shape[0]
+    starts = torch.searchsorted(numbers, _counting(count + 1, numbers.dtype, numbers.device), out_int32=True)
+    size = 32 if 16 * count < M else 16
+    return Groups(starts, cut(starts, M, size) if cut else None, size, M)
+
+
+@functools.lru_cache(maxsize=64)
+def _counting(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=dtype, device=device)
+
+
+def pieces_of(starts: Tensor, M: int, size: int) -> Tensor:
+    """int32 [M // size + T, 4]: what `blocks` gives, of lengths that are on the device; pieces left over have no rows.
+
+    As many pieces as there can be: each segment fills all of its own but one.
+    """
+    T = starts.shape[0] - 1
+    first, lengths = starts[:-1], starts.diff()
+    ends = ((lengths + size - 1) // size).cumsum(0)
+    piece = torch.arange(M // size + T, device=starts.device)
+    adapter = torch.searchsorted(ends, piece, right=True).clamp_(max=T - 1)
+    before = torch.cat([ends.new_zeros(1), ends])[adapter]
+    row = (piece - before) * size
+    count = (lengths[adapter] - row).clamp(0, size)
+    return torch.stack([adapter, first[adapter] + row, count, row], 1).to(torch.int32)
+
+
 # The tables below are functions of plain numbers, the same for all layers of a model and for the steps of generating.
 
 
@@ -104,6 +173,11 @@ def blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
         for row in range(0, length, size)
     ]
     return torch.tensor(table, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _starts_on(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(starts_of(lengths), dtype=torch.int32).to(device, non_blocking=True)
 
 
 class Bucket(NamedTuple):

@@ -16,6 +16,7 @@ Linear8bitLt
 * The dtype that the weight had before is not kept. It was rounded to fp16 on the way, so fp16 it is.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .weight import INT8, NestedScales, QuantizedWeight
 
@@ -134,15 +136,45 @@ def _read_4bit(module: nn.Module) -> QuantizedWeight:
     state = _quant_state(module)
     if is_repacked(module):
         _unpack_for_cpu(module, state)
+    return _of_state(_stored(module), state)
+
+
+def _of_state(stored: Tensor, state: Any) -> QuantizedWeight:
+    """[N, K]; of a parameter [E, N, K] the E matrices below each other, [E * N, K]: the bytes are the same."""
     nested = None
     if state.nested:
         inner = state.state2
         nested = NestedScales(inner.absmax, inner.code, state.offset, inner.blocksize)
-    shape = (state.shape[0], state.shape[1])
-    data = _as_bytes(_stored(module))
+    *rows, K = state.shape
+    data = _as_bytes(stored)
     return QuantizedWeight(
-        data, state.absmax, state.code, shape, state.blocksize, state.quant_type, state.dtype, nested
+        data, state.absmax, state.code, (math.prod(rows), K), state.blocksize, state.quant_type, state.dtype, nested
     )
+
+
+def _parametrization(module: nn.Module, name: str) -> Any:
+    """What bitsandbytes.nn.parametrize.replace_parameter_4bit has put before a parameter, or None."""
+    ours = sys.modules.get("bitsandbytes.nn.parametrize")
+    if ours is None or not parametrize.is_parametrized(module, name):
+        return None
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
+    return chain if len(chain) == 1 and isinstance(chain[0], ours.Bnb4bitParametrization) else None
+
+
+def read_4bit_parameter(module: nn.Module, name: str) -> QuantizedWeight | None:
+    """A parameter that replace_parameter_4bit has quantised, without a copy: [N, K], or [E * N, K] where it is
+    [E, N, K]. None for any other."""
+    chain = _parametrization(module, name)
+    return None if chain is None else _of_state(chain.original.data, chain[0].quant_state)
+
+
+def is_hooked_for_4bit_parameters(module: nn.Module) -> bool:
+    """Whether all of a module's hooks are those of replace_parameter_4bit, which keep a dequantised parameter for the
+    time of a forward."""
+    if "forward" in vars(module) or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return all(getattr(hook, "__module__", None) == "bitsandbytes.nn.parametrize" for hook in hooks)
 
 
 def _find_quant_state(module: nn.Module) -> Any:

@@ -5,6 +5,7 @@ plain torch. Layers call these and never ask about devices.
     lora_linear     linear.py        one of the routes of routes.py, picked by table.py
     lora_group      group.py         the same for layers that share x: their adapters read it once
     lora_linear_multi   multi.py    for a batch whose rows belong to different adapters: kernels/lora_multi.py
+    lora_experts    experts.py       for the experts of a mixture, rows sorted by expert: kernels/lora_experts.py
     lora_mlp        mlp.py           three of these and kernels/glu.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
@@ -20,6 +21,7 @@ from peft_fast.kernels.dropout import new_keys as new_dropout_keys
 
 from .dora import merged_norms, row_squares, scale_columns
 from .embedding import choose_embedding, lora_embedding, lora_embedding_add
+from .experts import ExpertAdapter, choose_experts, group_rows, lora_experts
 from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
@@ -32,15 +34,19 @@ from .table import Call, choose, choose_product
 __all__ = [
     "Adapters",
     "Call",
+    "ExpertAdapter",
     "Projection",
     "choose",
     "choose_embedding",
+    "choose_experts",
     "choose_multi",
     "choose_product",
     "dequantize",
+    "group_rows",
     "lora_down",
     "lora_embedding",
     "lora_embedding_add",
+    "lora_experts",
     "lora_group",
     "lora_linear",
     "lora_linear_multi",

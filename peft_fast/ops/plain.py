@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from peft_fast.kernels import reference, reference_multi
-from peft_fast.kernels.segments import Drop, Segments
+from peft_fast.kernels import reference, reference_experts, reference_multi
+from peft_fast.kernels.segments import Drop, Groups, Segments
 from peft_fast.quant.weight import QuantizedWeight
 
 from .library import unflatten
@@ -151,6 +151,28 @@ def linear_multi(
             return y
         of_base = F.linear(z, dense(weight, fmt, dtype), None if bias is None else bias.to(dtype))
         return of_base if y is None else of_base + y
+
+
+def experts(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    is_transposed: bool,
+    groups: Groups,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
+) -> Tensor:
+    """y [M, N] of lora_experts"""
+    E = groups.starts.shape[0] - 1
+    with without_autocast(x):
+        W = dense(weight, fmt, x.dtype) if fmt else weight[0]
+        W = W.unflatten(0, (E, -1)) if W.dim() == 2 else W
+        stacked = [
+            (a.unflatten(0, (E, -1)), b.unflatten(1, (-1, E)).permute(2, 0, 1), scale)
+            for a, b, scale in zip(A, B, scales)
+        ]
+        return reference_experts.lora_experts(x, W.mT if is_transposed else W, stacked, groups)
 
 
 def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ from .joined_experts import joined_experts
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 from .moe import converted
-from .param_wrapper import ParamWrapper, wrappers_of
+from .param_wrapper import ParamWrapper, parameter_names, wrappers_of
 from .replication import Replication, replicate_layers
 from .tied import TiedLinear
 
@@ -108,13 +108,13 @@ class LoraModel(BaseTuner):
             module = self.model.get_submodule(path)
             there = wrappers_of(module)
             base: Any = module.get_base_layer() if isinstance(module, ParamWrapper) else module
-            own = {name for name, _ in base.named_parameters(recurse=False) if matches(wanted, f"{path}.{name}")}
-            if there and own != there.keys():
+            own = [name for name in parameter_names(base) if matches(wanted, f"{path}.{name}")]
+            if there and set(own) != there.keys():
                 raise ValueError(
                     f"the adapters of {path} have to be on the same parameters: there are some on {sorted(there)}, and "
                     f"target_parameters names {sorted(own)}"
                 )
-            found += [(path, name) for name, _ in base.named_parameters(recurse=False) if name in own]
+            found += [(path, name) for name in own]
         if any(matches(wanted, name) for name, _ in self.model.named_parameters(recurse=False)):
             raise ValueError(
                 f"target_parameters {sorted(wanted)} name a parameter of the model itself, not of a module"

@@ -1,18 +1,23 @@
 """LoRA on a parameter of a module that is no layer: the config option target_parameters.
 
 The experts of transformers' mixtures are such, [experts, out, in] ([experts, in, out] where the module says that it
-`is_transposed`). The sum of parameter and adapters takes the parameter's place for the time of a forward, under
-autograd. A of all experts is one linear layer, [rank * experts, in], and B [out, rank * experts]: peft's names.
+`is_transposed`). Where the module is one of transformers' experts, experts.py runs all of them and their adapters at
+once; elsewhere the sum of parameter and adapters takes the parameter's place for the time of a forward, under autograd.
+A of all experts is one linear layer, [rank * experts, in], and B [out, rank * experts]: peft's names.
 Several parameters of one module have wrappers around one another.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_fast import ops
 from peft_fast.dispatch import Choice
+from peft_fast.ops import plain
 
+from . import experts
 from .config import LoraConfig
 from .layer import LoraLayer
 from .scales import folded
@@ -42,8 +47,9 @@ class ParamWrapper(LoraLayer):
                 f"LoRA adapts parameters [out, in] and [experts, out, in], and {parameter_name} is {shape} of "
                 f"{self.weight.dtype}: leave it out of target_parameters"
             )
-        self.num_experts = shape[0] if len(shape) == 3 else 1
-        self.is_transposed = len(shape) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
+        self.is_matrix = len(shape) == 2
+        self.num_experts = 1 if self.is_matrix else shape[0]
+        self.is_transposed = not self.is_matrix and bool(getattr(self.get_base_layer(), "is_transposed", False))
         self.in_features, self.out_features = shape[-2:] if self.is_transposed else shape[:-3:-1]
         self.update_layer(adapter_name, r, lora_alpha, config)
 
@@ -72,7 +78,7 @@ class ParamWrapper(LoraLayer):
     def _products(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """(left, right), whose product is the change before scaling, in the parameter's layout."""
         A, B = (factor.weight for factor in self.factors(adapter_name))
-        if self.weight.dim() == 2:
+        if self.is_matrix:
             return B, A
         A = A.unflatten(0, (self.num_experts, -1))  # [experts, r, in]
         B = B.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)  # [experts, out, r]
@@ -84,12 +90,12 @@ class ParamWrapper(LoraLayer):
         wide = torch.promote_types(left.dtype, torch.float32)
         return self.scaling[adapter] * (left.to(wide) @ right.to(wide))
 
-    def weight_in_effect(self) -> Tensor:
-        weight = self.weight
+    def weight_in_effect(self, weight: Tensor) -> Tensor:
+        """`weight` and the adapters."""
         with torch.autocast(weight.device.type, enabled=False):
             for name in self.adapters_in_effect():
                 left, right = (part.to(weight.dtype) for part in self._products(name))
-                multiply_add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+                multiply_add = torch.addmm if self.is_matrix else torch.baddbmm
                 right, scale = folded(right, self.scaling[name])
                 weight = multiply_add(weight, left, right.to(weight.dtype), alpha=scale)
         return weight
@@ -99,14 +105,43 @@ class ParamWrapper(LoraLayer):
             self.unmerge()
         if not self.adapters_in_effect():
             return self.base_layer(*args, **kwargs)
+        if self.why_not_grouped() is None and (call := experts.bound(args, kwargs)) is not None:
+            return experts.forward(self.get_base_layer(), self._in_effect(), *call)
+        if nn.utils.parametrize.is_parametrized(self.get_base_layer(), self.parameter_name):
+            return self._computed(*args, **kwargs)
         path, layer = self.parameter_name, self.base_layer
         while isinstance(layer, ParamWrapper):
             path, layer = f"base_layer.{path}", layer.base_layer
-        return torch.func.functional_call(self.base_layer, {path: self.weight_in_effect()}, args, kwargs)
+        weight = self.weight_in_effect(self.weight)
+        return torch.func.functional_call(self.base_layer, {path: weight}, args, kwargs)
+
+    def _computed(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a parameter that is computed from others, 4-bit ones among them: adding is the last step of that."""
+        chain: Any = self.get_base_layer().parametrizations[self.parameter_name]  # type: ignore[index, union-attr]
+        chain.append(_Added(self.weight_in_effect))
+        try:
+            with nn.utils.parametrize.cached():
+                return self.base_layer(*args, **kwargs)
+        finally:
+            del chain[-1]
+
+    def _in_effect(self) -> dict[str, "ParamWrapper"]:
+        return {name: wrapper for name, wrapper in wrappers_of(self).items() if wrapper.adapters_in_effect()}
+
+    def why_not_grouped(self) -> str | None:
+        """Why the adapters are added to the parameter in each forward, None where experts.forward runs them."""
+        if plain.is_transformed():
+            return "a transform of torch.func is at work"
+        return experts.why_not(self.get_base_layer(), self._in_effect())
 
     def route(self, tokens: int) -> Choice:
         if self.adapters_in_effect():
-            because = f"the adapters are added to the parameter {self.parameter_name} for each forward"
+            why = self.why_not_grouped()
+            if why is None:
+                factors = {factor.weight.dtype for name in self.adapters_in_effect() for factor in self.factors(name)}
+                weight = self.weight
+                return ops.choose_experts(weight.device, weight.dtype, factors, self.backend)
+            because = f"the adapters are added to the parameter {self.parameter_name} for each forward: {why}"
             return Choice("parameter", "added", because)
         return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
 
@@ -121,6 +156,20 @@ class ParamWrapper(LoraLayer):
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r},"
+
+
+class _Added(nn.Module):
+    def __init__(self, weight_in_effect: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = weight_in_effect
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Of a module's own parameters, those that are computed from others (torch.nn.utils.parametrize) too: in the order
+    in which peft wraps them."""
+    computed = getattr(module, "parametrizations", None)
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return names if computed is None else sorted([*names, *computed])
 
 
 def wrappers_of(module: nn.Module) -> dict[str, ParamWrapper]:

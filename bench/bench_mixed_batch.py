@@ -1,6 +1,7 @@
-"""A step of generating for 64 requests with 64 adapters: HF PEFT's mixed batch, ours, and a store's.
+"""64 requests with 64 adapters: HF PEFT's mixed batch, ours, and a store's, for one forward and for generating.
 
-Each is one forward of a 2-layer Llama, base included; `base` is the model without adapters, which nothing can beat.
+Each is of a 2-layer Llama, base included; `base` is the model without adapters, and "base, adapters read" that and the
+sum of all adapters' weights, each read once: who has these weights and this memory cannot be faster.
 """
 
 import copy
@@ -18,7 +19,7 @@ import peft_fast
 from bench.harness import Case
 from peft_fast.testing import relative_error
 
-ADAPTERS, RANK = 64, 16
+ADAPTERS, RANK, TOKENS = 64, 16, 8
 SHAPES = {"cpu": (256, 4096), "cuda": (4096,)}
 
 
@@ -66,6 +67,15 @@ def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
         with torch.inference_mode():
             return model(ids, **kwargs).logits
 
+    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    generating = [
+        ("peft", theirs, {"adapter_names": names}), ("peft_fast", ours, {"adapter_names": names}),
+        ("peft_fast store", store, {"adapter_names": names}), ("base", base, {}),
+    ]  # fmt: skip
+
+    def generate(model: Any, **kwargs: Any) -> torch.Tensor:
+        return model.generate(**prompts, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False, **kwargs)
+
     def one_by_one() -> torch.Tensor:
         outputs = []
         for i, name in enumerate(names):
@@ -74,12 +84,26 @@ def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
                 outputs.append(theirs(ids[i : i + 1]).logits)
         return torch.cat(outputs)
 
+    weights = [
+        torch.cat([p.detach().flatten() for n, p in ours.named_parameters() if f".{kind}." in n])
+        for kind in ("lora_A", "lora_B")
+    ]
+
+    def reading() -> torch.Tensor:
+        with torch.inference_mode():
+            logits = base(ids).logits
+            for of_kind in weights:
+                of_kind.sum()
+            return logits
+
     return {
         "peft": functools.partial(step, theirs, adapter_names=names),
         "peft_fast": functools.partial(step, ours, adapter_names=names),
         "peft_fast store": functools.partial(step, store, adapter_names=names),
         "peft, one after the other": one_by_one,
+        "base, adapters read": reading,
         "base": functools.partial(step, base),
+        **{f"generate, {name}": functools.partial(generate, model, **kwargs) for name, model, kwargs in generating},
     }
 
 
@@ -88,7 +112,18 @@ def cases(device: torch.device) -> Iterator[Case]:
         dtype = torch.float32 if width < 1024 else torch.bfloat16
         runs = {
             name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[name]()
-            for name in ("peft", "peft_fast", "peft_fast store", "peft, one after the other", "base")
+            for name in (
+                "peft",
+                "peft_fast",
+                "peft_fast store",
+                "peft, one after the other",
+                "base, adapters read",
+                "base",
+            )
+        }
+        generating = {
+            name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[f"generate, {name}"]()
+            for name in ("peft", "peft_fast", "peft_fast store", "base")
         }
 
         def gate(runs=runs, dtype=dtype) -> None:
@@ -97,3 +132,9 @@ def cases(device: torch.device) -> Iterator[Case]:
 
         shape = f"2-layer llama width {width}, {ADAPTERS} adapters r={RANK}, one token each"
         yield Case("mixed_batch", shape, dtype, "inference", runs, gate)
+
+        def tokens_gate(generating=generating) -> None:
+            same = (generating["peft_fast"]() == generating["peft"]()).float().mean()
+            assert same > 0.9, f"{same:.0%} of the tokens are peft's"
+
+        yield Case("mixed_batch", f"{shape}, {TOKENS} tokens generated", dtype, "inference", generating, tokens_gate)

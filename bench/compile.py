@@ -33,7 +33,7 @@ SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # the
 TARGETS = tuple(SHARED_KB)
 NO_DOT = (
     "dequantize_kernel", "dequantize_int8_kernel", "quant_gemv_kernel", "sum_partials_kernel", "sum_both_kernel",
-    "glu_", "scale_columns_", "segment_sum_kernel",
+    "glu_", "scale_columns_", "segment_sum_kernel", "pieces_kernel",
 )  # fmt: skip
 EXACT = ("dequantize", "quant_matmul")  # decode a format whose roundings are part of it
 SASS_BUDGET = 10  # per weight, of the whole kernel

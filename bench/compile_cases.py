@@ -22,6 +22,7 @@ from peft_fast.kernels import (
     glu,
     lora_down,
     lora_embedding,
+    lora_experts,
     lora_multi,
     lora_up_add,
     lora_up_glu,
@@ -29,7 +30,7 @@ from peft_fast.kernels import (
     quant_matmul,
     scale_columns,
 )
-from peft_fast.kernels.segments import Drop, of_samples
+from peft_fast.kernels.segments import Drop, of_samples, of_sorted, pieces_of
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
@@ -54,6 +55,7 @@ def _cases(quick: bool, target: int) -> Named:
             yield from _lora(dname, dtype, quick)
             yield from _groups(dname, dtype, quick)
             yield from _multi(dname, dtype, quick)
+            yield from _experts(dname, dtype, quick)
             yield from _dequantize(dname, dtype, quick)
             yield from _merge(dname, dtype, quick)
             yield from _products(dname, dtype, quick)
@@ -153,6 +155,24 @@ def _multi(dname: str, dtype: torch.dtype, quick: bool) -> Named:
                 forward, backward = ((down,), (back,)) if p else ((down, up), (back, up_back))
                 calls = (*forward, *(backward if rows > 1 else ()))  # nobody trains on one row
                 yield from _recorded(tag + (" dropout" if p else "") + (" sorted" if adapters[0] == 0 else ""), *calls)
+
+
+def _experts(dname: str, dtype: torch.dtype, quick: bool) -> Named:
+    """Pieces of 16 and of 32 rows. B has been copied into the dtype of x, its gradient is fp32."""
+    for R, rows in ((16, 8), (16, 100), *(() if quick or dname == "fp16" else ((17, 100), (64, 100), (64, 8)))):
+        K = 64 if R % 8 == 0 else 67
+        numbers = torch.arange(2).repeat_interleave(rows)
+        groups = of_sorted(numbers, 2, pieces_of)
+        x, s = torch.zeros(2 * rows, K, dtype=dtype), torch.zeros(2 * rows, R, dtype=dtype)
+        A, B = torch.zeros(2, R, K), torch.zeros(2, K, R, dtype=dtype)
+        calls = (
+            functools.partial(lora_experts.pieces_of, groups.starts, groups.M, groups.size),
+            functools.partial(lora_experts.lora_down_experts, x, A, groups),
+            functools.partial(lora_experts.lora_up_add_experts_, x.clone(), s, B, 2.0, groups),
+            functools.partial(lora_experts.lora_up_experts_backward, x, s, B, 2.0, groups),
+            functools.partial(lora_experts.lora_down_experts_backward, s, x, A, groups, x.clone()),
+        )
+        yield from _recorded(f"{dname} R{R} M{rows} experts", *calls)
 
 
 def _weight(kind: str, N: int, K: int) -> QuantizedWeight:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from peft_fast import ops
 from peft_fast.kernels import reference
 from peft_fast.testing import assert_as_accurate_as_torch
 
@@ -132,3 +133,56 @@ def test_both_backends_agree_to_rounding():
         ours = glu.glu_backward_(dh.clone(), g, u, activation, needs_h=True)
         for a, b in zip(ours, reference.glu_backward_(dh.clone(), g, u, activation, needs_h=True)):
             torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
+
+
+@backends
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_the_op_keeps_g_and_u_and_writes_over_nothing(kernels, activation, device):
+    where = "cpu" if kernels == "torch" else device
+    g, u, dh = (t.view(2, 3, 33) for t in case(6, 33, torch.float32, where))
+    copies = [t.clone() for t in (g, u, dh)]
+    leaves = [t.requires_grad_() for t in (g, u)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        h = ops.glu(*leaves, activation, backend=kernels)
+    assert {t.data_ptr() for t in saved} == {g.data_ptr(), u.data_ptr()}
+    got = [h.detach(), *torch.autograd.grad(h, leaves, dh)]
+    for value, expected in zip(got, by_autograd(g, u, dh, activation), strict=True):
+        torch.testing.assert_close(value, expected)
+    for t, copy in zip((g, u, dh), copies, strict=True):
+        assert torch.equal(t, copy)
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_second_derivatives_and_torch_func(activation):
+    g, u = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def call(g, u):
+        return ops.glu(g, u, activation)
+
+    assert torch.autograd.gradcheck(call, (g, u))
+    assert torch.autograd.gradgradcheck(call, (g, u))
+    torch.testing.assert_close(torch.func.jvp(call, (g, u), (u, g))[0], call(g, u))
+
+
+def test_what_does_not_fit_is_refused():
+    g = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh, got 'relu'"):
+        ops.glu(g, g, "relu")
+    for u in (torch.randn(2, 4), g.half()):
+        with pytest.raises(ValueError, match="g and u must be alike"):
+            ops.glu(g, u, "silu")
+    with pytest.raises(TypeError, match="int64"):
+        ops.glu(g.long(), g.long(), "silu")
+
+
+def opcheck_all(backend: str, device: str) -> None:
+    op, (g, u, dh) = torch.ops.peft_fast, case(3, 8, torch.float32, device)
+    torch.library.opcheck(op.glu.default, (g, u, "silu", backend))
+    torch.library.opcheck(op.glu_backward.default, (dh, g, u, "silu", backend))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend, device):
+    opcheck_all(backend, device)

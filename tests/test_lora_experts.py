@@ -281,3 +281,19 @@ def test_reference_is_the_truth_expert_by_expert():
 
 def test_which_backend():
     assert ops.choose_experts(torch.device("cpu"), FP32, set(), "torch").route == "reference"
+
+
+def opcheck_all(backend: str, device: str) -> None:
+    op, case = torch.ops.peft_fast, make_case([3, 0, 6], (4, 8), base="nf4", device=device)
+    groups, weight = segments.of_sorted(case.numbers, case.E, segments.pieces_of), case.weight
+    common = [weight.tensors(), str(weight.format), False, groups.starts, groups.pieces, groups.size, case.A, case.B]
+    torch.library.opcheck(op.lora_experts.default, (case.x, *common, case.scales, backend))
+    s = [torch.randn(9, R, device=device) for R in (4, 8)]
+    backward = case.d_y, case.x, s, *common, case.scales, [True, True], backend
+    torch.library.opcheck(op.lora_experts_backward.default, backward)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend, device):
+    opcheck_all(backend, device)

@@ -14,6 +14,8 @@ from . import (
     mlp_cases,
     test_dora_ops,
     test_embedding,
+    test_glu,
+    test_lora_experts,
     test_lora_group,
     test_lora_multi,
     test_mlp,
@@ -37,6 +39,8 @@ def checked(backend: str, monkeypatch) -> set[str]:
     test_lora_multi.opcheck_all(backend, "cpu")
     test_mlp.opcheck_all(mlp_cases.make_case(8, 32, 48, (4, 4, 4), FP32, FP32, "nf4", 0.0), backend)
     test_dora_ops.opcheck_all(backend, "cpu")
+    test_glu.opcheck_all(backend, "cpu")
+    test_lora_experts.opcheck_all(backend, "cpu")
     test_embedding.opcheck_all(embedding_cases.make_case(*embedding_cases.SHAPES[0], FP32, FP32), backend)
     return found
 

@@ -7,6 +7,7 @@ plain torch. Layers call these and never ask about devices.
     lora_linear_multi   multi.py    for a batch whose rows belong to different adapters: kernels/lora_multi.py
     lora_experts    experts.py       for the experts of a mixture, rows sorted by expert: kernels/lora_experts.py
     lora_mlp        mlp.py           three of these and kernels/glu.py
+    glu             glu.py           the middle of a gated MLP alone: kernels/glu.py or reference.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes
     lora_down       lora.py          kernels/lora_down.py or reference.py
@@ -22,6 +23,7 @@ from peft_fast.kernels.dropout import new_keys as new_dropout_keys
 from .dora import merged_norms, row_squares, scale_columns
 from .embedding import choose_embedding, lora_embedding, lora_embedding_add
 from .experts import ExpertAdapter, choose_experts, group_rows, lora_experts
+from .glu import glu
 from .group import lora_group
 from .linear import lora_linear
 from .lora import lora_down, lora_up_add
@@ -42,6 +44,7 @@ __all__ = [
     "choose_multi",
     "choose_product",
     "dequantize",
+    "glu",
     "group_rows",
     "lora_down",
     "lora_embedding",

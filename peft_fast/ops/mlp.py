@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fast.dispatch import Backend, Op, Route
+from peft_fast.dispatch import Backend, Route
 
 from . import plain, routes
 from .checks import check_floating
+from .glu import ACTIVATIONS, GLU
 from .library import (
     autocasting,
     define,
@@ -41,17 +42,6 @@ from .projection import (
     split,
     without_repetitions,
 )
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-
-def _why_not_glu(dtype: torch.dtype) -> str | None:
-    from peft_fast.kernels import glu
-
-    return glu.why_not(dtype)
-
-
-GLU = Op("glu", "triton", _why_not_glu, needs_dot=False)
 
 
 def _forward_fake(x, gate, up, down, fmts, scales, ps, activation, dtype, training, recompute, trained, backend, route):

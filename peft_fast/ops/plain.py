@@ -124,10 +124,14 @@ def mlp(
     *both, of_down = split(tensors, counts)
     given = [tensor for part in both for tensor in part]
     g, u = group(x, counts[:2], fmts[:2], scales[:2], ps[:2], dtype, *given)
-    wide = torch.promote_types(dtype, torch.float32)
     with without_autocast(x):
-        h = (reference.activated(g.to(wide), activation) * u).to(dtype)
+        h = glu(g, u, activation)
     return group(h, counts[2:], fmts[2:], scales[2:], ps[2:], dtype, *of_down)[0]
+
+
+def glu(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return (reference.activated(g.to(wide), activation) * u).to(g.dtype)
 
 
 def linear_multi(

@@ -135,7 +135,7 @@ class TestTheSame:
             quantize_linear_layers(mlp, 8 if kind.endswith("int8") else 4)
         model = adapted(mlp, target_modules=targets, lora_dropout=p, lora_bias=True)
         if kind == "ours-int8" and len(targets) < 3:
-            assert row(model)[1].endswith("has no adapter and multiplies in 8 bits")
+            assert "has no adapter and multiplies in 8 bits" in row(model)[1]
         else:
             assert row(model)[0] == "mlp"
         x = torch.randn(2, 6, K)

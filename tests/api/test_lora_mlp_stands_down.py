@@ -112,6 +112,30 @@ class TestStandingDown:
         torch.testing.assert_close(y, expected)
         assert not called
 
+    def test_layers_that_are_called_have_the_activation_and_the_product_in_one_op(self):
+        """Which keeps less for the backward than the MLP's own forward, and gives the same."""
+        model, x = adapted(), torch.randn(30, K)
+        mlp = mlp_of(model)
+        mlp.up_proj.register_forward_hook(lambda *_: None)
+        assert row(model)[1].endswith("silu and the product are one op")
+        results, kept = [], []
+        for run in (model, lambda x: Gated.forward(mlp, x)):
+            saved = {}
+
+            def keep(t, saved=saved):
+                saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            model.zero_grad()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                y = run(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            kept.append(sum(saved.values()))
+        for mine, expected in zip(*results, strict=True):
+            torch.testing.assert_close(mine, expected)
+        assert kept[0] < kept[1]
+
     def test_everything_merged(self):
         model, x = adapted(), torch.randn(3, K)
         y = model(x)

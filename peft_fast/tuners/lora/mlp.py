@@ -117,7 +117,10 @@ class LoraMLP:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = plan(self, args[0]) if len(args) == 1 and not kwargs else "it is not called with one tensor"
         if isinstance(found, str):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            activation = gate_of_layers(self) if len(args) == 1 and not kwargs else None
+            if activation is None:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return layer_by_layer(self, args[0], activation)
         (x,) = args
         gate, up, down = projections(found.layers, x)
         recompute = self.lora_mlp_mode == "recompute"
@@ -197,6 +200,24 @@ def set_lora_mlp(model: nn.Module, mode: str) -> None:
         module.lora_mlp_mode = cast(Mode, mode)
 
 
+def layer_by_layer(mlp: Any, x: Tensor, activation: str) -> Tensor:
+    """The MLP where its layers must be called, with ops.glu between them: act(g) is not kept for the backward."""
+    gate, up, down = (mlp._modules[name] for name in PROJECTIONS)
+    g, u = gate(x), up(x)
+    if type(g) is Tensor and type(u) is Tensor and g.shape == u.shape and g.dtype == u.dtype:
+        return down(ops.glu(g, u, activation))
+    return down(getattr(mlp, mlp.activation_attribute)(g) * u)
+
+
+def gate_of_layers(mlp: Any) -> str | None:
+    """The activation of an MLP whose layers are called one by one, where ops.glu is to stand between them: where there
+    are adapters. Without, the model's own forward runs, to the bit."""
+    layers: list[Any] = [mlp._modules[name] for name in PROJECTIONS]
+    if not any(is_lora(layer) and (layer.mixed_batch is not None or layer.adapters_in_effect()) for layer in layers):
+        return None
+    return None if _why_not_mlp(mlp) else _activation(mlp)
+
+
 def plan(mlp: Any, x: Tensor | None) -> Plan | str:
     """How to run x through the MLP as one op, or why not. Without x, in the dtype and on the device of the weights."""
     if reason := _why_not_mlp(mlp):
@@ -250,6 +271,9 @@ def choice(module: nn.Module) -> Choice | None:
         return Choice("lora_mlp", "layers", because)
     found = plan(module, None)
     if isinstance(found, str):
-        return Choice("lora_mlp", "layers", found)
+        activation = gate_of_layers(module)
+        return Choice(
+            "lora_mlp", "layers", found if activation is None else f"{found}; {activation} and the product are one op"
+        )
     kept = "x is kept" if module.lora_mlp_mode == "recompute" else "x, gate's and up's outputs are kept"
     return Choice("lora_mlp", "mlp", f"one op of its three layers and {found.activation}; {kept}")

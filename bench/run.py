@@ -11,12 +11,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import bench_decode, bench_dequantize, bench_dora, bench_lora_linear, bench_mixed_batch, bench_qlora_step
+from bench import (
+    bench_decode,
+    bench_dequantize,
+    bench_dora,
+    bench_experts,
+    bench_lora_linear,
+    bench_mixed_batch,
+    bench_qlora_step,
+)
 from bench.harness import RESULTS, ROUNDS, append, device_name, measure, table
 from bench.plot import plot
 
 MODULES = (
-    bench_dequantize, bench_lora_linear, bench_dora, bench_decode, bench_mixed_batch, bench_qlora_step,
+    bench_dequantize, bench_lora_linear, bench_dora, bench_experts, bench_decode, bench_mixed_batch, bench_qlora_step,
 )  # fmt: skip
 
 

@@ -176,7 +176,9 @@ def test_autocast():
     assert outputs[0][1] <= 1.5 * outputs[1][1]
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+@pytest.mark.parametrize(
+    "kind", ["linear", *(pytest.param(k, marks=pytest.mark.slow) for k in ("embedding", "conv2d"))]
+)
 def test_torch_compile_makes_one_graph(kind):
     _, layer, x = adapted(peft_fast, kind)
     expected = layer(x)

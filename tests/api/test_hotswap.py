@@ -72,6 +72,7 @@ def test_twenty_adapters_compile_once(base, options, request, adapter, tokens):
     assert counter.frame_count == frames
 
 
+@pytest.mark.slow
 def test_without_preparing_other_scales_compile_again(adapter, tokens, llama):
     """What the preparation is for: the test above can fail."""
     folders = [adapter(i, r=4 + i) for i in range(3)]

@@ -116,7 +116,7 @@ def test_patience_counts_from_what_was_better_by_min_delta(llama):
     assert (result.state, result.steps, result.weights_of) == ("stopped early", 3, 1)
 
 
-@pytest.mark.parametrize("is_stream", [False, True], ids=["data set", "stream"])
+@pytest.mark.parametrize("is_stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["data set", "stream"])
 def test_resumed_jobs_go_on_as_if_nothing_had_been(llama, tmp_path, is_stream):
     """In another process's model, within an epoch, between two forwards of a step, with a schedule and a best loss."""
 

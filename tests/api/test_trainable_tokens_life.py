@@ -127,6 +127,7 @@ def test_merging_to_16_bits(kind):
     close(logits(merged, kind).float(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph_and_trains_with_checkpointing():
     model = adapted(peft_fast, "tied", [1, 3])
     close(torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits, logits(model, "tied"))

@@ -126,6 +126,7 @@ class TestCompile:
         named = {name.removeprefix("_orig_mod."): value for name, value in gradients.items()}
         assert_same((loss, named), expected)
 
+    @pytest.mark.slow
     def test_switching_adapters_and_saving(self, llama, trained, tokens, tmp_path):
         model = adapted(llama())
         model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
@@ -143,6 +144,7 @@ class TestCompile:
         read = PeftModel.from_pretrained(llama(), tmp_path)
         assert torch.equal(read(tokens).logits, eager(tokens).logits)
 
+    @pytest.mark.slow
     def test_in_place(self, llama, trained, tokens):
         model = trained(adapted(llama())).eval()
         expected = model(tokens).logits
@@ -151,6 +153,7 @@ class TestCompile:
         torch.testing.assert_close(model(tokens).logits, expected)
         assert list(model.state_dict()) == keys
 
+    @pytest.mark.slow
     def test_a_base_model_that_is_compiled_already(self, llama, trained, tokens, tmp_path):
         """Names have an _orig_mod in them then; files travel to models that are not compiled."""
         model = trained(

@@ -74,6 +74,7 @@ def test_a_subclass_of_the_users_is_seen_as_its_base():
     assert type(made) is Mine
 
 
+@pytest.mark.slow
 def test_it_compiles_in_one_graph():
     made = adapted("peft_fast", base())
     ids = torch.randint(4, 20, (2, 6))

@@ -18,7 +18,7 @@ KINDS = ["peft_fast", "accelerated"]
     "options",
     [
         {},
-        {"label_smoothing_factor": 0.1},
+        pytest.param({"label_smoothing_factor": 0.1}, marks=pytest.mark.slow),
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         pytest.param(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},

@@ -97,7 +97,17 @@ from .tuners.cartridge.utils import (
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
-from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
+from .tuners.lora import (
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_loraga,
+    set_lora_groups,
+    set_lora_mlp,
+)
 from .utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     bloom_model_postprocess_past_key_value,
@@ -130,6 +140,7 @@ __all__ = [
     "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
+    "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
     "HRAConfig",
@@ -195,6 +206,7 @@ __all__ = [
     "explain",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -202,6 +214,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "install_as_peft",
     "load_peft_weights",

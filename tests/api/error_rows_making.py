@@ -74,15 +74,6 @@ CONFIGS = [
         ("not supported with use_dora", "leave one"),
     ),
     Row(
-        "an EVA config without its start",
-        lambda l, t: l.LoraConfig(eva_config={}),
-        UserWarning,
-        "ignored",
-        ("eva_config={}", "leave it at None"),
-        NotImplementedError,
-        why=NOT_YET,
-    ),
-    Row(
         "aLoRA for another task",
         lambda l, t: l.LoraConfig(alora_invocation_tokens=[1]),
         UserWarning,

@@ -7,6 +7,7 @@ Methods, layers and options that are not built here yet are refused by name: NOT
 from error_rows_attention import PROMPTS_IN_ATTENTION
 from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
+from error_rows_eva import EVA
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
 from error_rows_layers import LAYERS, NAMES
@@ -26,7 +27,7 @@ TABLE: dict[str, list[Row]] = {
     "Configs": CONFIGS,
     "Making adapters": MAKING,
     "Initialisations": STARTS,
-    "Starts from sample data": CALIBRATED,
+    "Starts from sample data": [*CALIBRATED, *EVA],
     "Replicated layers": REPLICATIONS,
     "Conversion": CONVERSIONS,
     "Combination": COMBINATIONS,

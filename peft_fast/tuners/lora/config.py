@@ -19,13 +19,12 @@ from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import are_indices, are_strings, compiled
 
 from . import initialisation
-from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
+from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, made
 
 SWITCHES = ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying")
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
-    "eva_config",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
@@ -35,7 +34,7 @@ NOT_BUILT = (
     "arrow_config",
     "kasa_config",
 )
-INITS_NOT_BUILT = ("eva", "mica")
+INITS_NOT_BUILT = ("mica",)
 
 
 @with_help
@@ -70,8 +69,10 @@ class LoraConfig(PeftConfig):
       take the adapter's part out of the base weight; "orthogonal" (random halves of one basis, whose product is zero;
       r is even); "loftq" (factors that make up for quantisation, arXiv 2310.08659, with loftq_config); "corda" (what
       sample data need of the weight, arXiv 2406.05223, after preprocess_corda) and "lora_ga" (its gradient, arXiv
-      2407.05000, after preprocess_loraga), which take their part out of the base weight too.
-    loftq_config, corda_config, lora_ga_config: a LoftQConfig, ..., or a dict of its options.
+      2407.05000, after preprocess_loraga), which take their part out of the base weight too; "eva" (A is the principal
+      components of the layer's inputs, and ranks go to layers with the most to explain, arXiv 2410.07170), of an
+      adapter that is there: see initialize_lora_eva_weights.
+    loftq_config, corda_config, lora_ga_config, eva_config: a LoftQConfig, ..., or a dict of its options.
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     layer_replication: [[0, 4], [2, 5]] makes of five layers 0, 1, 2, 3, 2, 3, 4, in the weights that are there, each
       with adapters of its own. Of the first adapter of a model; nothing can be merged then.
@@ -169,6 +170,12 @@ class LoraConfig(PeftConfig):
             self.corda_config = CordaConfig()
         if self.init_lora_weights != "corda" and self.corda_config is not None:
             warnings.warn("corda_config is ignored: init_lora_weights is not 'corda'", stacklevel=3)
+        self.eva_config = made("eva_config", self.eva_config, EvaConfig)
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            warnings.warn("init_lora_weights='eva' without eva_config: its defaults are taken", stacklevel=3)
+            self.eva_config = EvaConfig()
+        if self.init_lora_weights != "eva" and self.eva_config is not None:
+            warnings.warn("eva_config is ignored: init_lora_weights is not 'eva'", stacklevel=3)
         self.check()
         if (
             self.use_rslora

@@ -74,15 +74,6 @@ CONFIGS = [
         ("not supported with use_dora", "leave one"),
     ),
     Row(
-        "aLoRA for another task",
-        lambda l, t: l.LoraConfig(alora_invocation_tokens=[1]),
-        UserWarning,
-        "CAUSAL_LM",
-        ("alora_invocation_tokens=[1]", "leave it at None"),
-        NotImplementedError,
-        why=NOT_YET,
-    ),
-    Row(
         "a config saved over a file",
         lambda l, t: l.LoraConfig().save_pretrained(write(t.folder, "") / CONFIG),
         AssertionError,

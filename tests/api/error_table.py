@@ -4,6 +4,7 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
+from error_rows_activated import ACTIVATED
 from error_rows_attention import PROMPTS_IN_ATTENTION
 from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
@@ -43,6 +44,7 @@ TABLE: dict[str, list[Row]] = {
     "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": [*TUNERS, *MORE],
     "Their life": LIFE,
     "Batches of several adapters": BATCHES,
+    "Activated LoRA": ACTIVATED,
     "Saving": SAVING,
     "Loading": LOADING,
     "AutoPeftModel": AUTO,

@@ -26,7 +26,6 @@ NOT_BUILT = (
     "megatron_config",
     "megatron_core",
     "velora_config",
-    "alora_invocation_tokens",
     "use_qalora",
     "qalora_group_size",
     "monteclora_config",
@@ -86,6 +85,9 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
       are trained as one too.
     runtime_config: a LoraRuntimeConfig.
+    alora_invocation_tokens: activated LoRA (arXiv 2504.12397): the adapter is there from the last occurrence of these
+      token ids in a sample on, and the tokens before are the base model's. Of linear layers in causal language models;
+      cannot be merged.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
@@ -101,6 +103,7 @@ class LoraConfig(PeftConfig):
         "alpha_pattern",
         "lora_bias",
         "trainable_token_indices",
+        "alora_invocation_tokens",
     )
 
     r: int = 8
@@ -176,6 +179,12 @@ class LoraConfig(PeftConfig):
             self.eva_config = EvaConfig()
         if self.init_lora_weights != "eva" and self.eva_config is not None:
             warnings.warn("eva_config is ignored: init_lora_weights is not 'eva'", stacklevel=3)
+        if self.alora_invocation_tokens and self.task_type != "CAUSAL_LM":
+            warnings.warn(
+                f"alora_invocation_tokens are looked for by models for CAUSAL_LM, and task_type is {self.task_type!r}: "
+                "give alora_offsets in each call, or the adapter is never there",
+                stacklevel=3,
+            )
         self.check()
         if (
             self.use_rslora
@@ -232,6 +241,8 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: the indices within that list of layers")
+        if self.alora_invocation_tokens and (self.use_dora or self.target_parameters):
+            raise ValueError("alora_invocation_tokens are not supported with use_dora or target_parameters")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -311,6 +322,8 @@ def _check_types(config: LoraConfig) -> None:
     named = are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
     fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
     rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
+    invocation = config.alora_invocation_tokens
+    rules.append(("alora_invocation_tokens", "a list of token ids", invocation is None or _are_ids(invocation)))
     rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
     for name in SWITCHES:
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))

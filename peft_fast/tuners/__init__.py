@@ -23,9 +23,11 @@ from .lora import (
     LoraGAConfig,
     LoraModel,
     LoraRuntimeConfig,
+    convert_to_lora,
     get_eva_state_dict,
     initialize_lora_eva_weights,
     preprocess_loraga,
+    save_as_lora,
 )
 from .mixed import MixedModel
 from .modules_to_save import ModulesToSaveWrapper
@@ -168,10 +170,12 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "config_class",
+    "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "method_class",
     "preprocess_loraga",
     "prompt_encoder_class",
+    "save_as_lora",
     "tuner_class",
 ]

@@ -8,6 +8,7 @@ from error_rows_activated import ACTIVATED
 from error_rows_attention import PROMPTS_IN_ATTENTION
 from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
+from error_rows_converted import CONVERTED
 from error_rows_eva import EVA
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
@@ -30,7 +31,7 @@ TABLE: dict[str, list[Row]] = {
     "Initialisations": STARTS,
     "Starts from sample data": [*CALIBRATED, *EVA],
     "Replicated layers": REPLICATIONS,
-    "Conversion": CONVERSIONS,
+    "Conversion": [*CONVERSIONS, *CONVERTED],
     "Combination": COMBINATIONS,
     "Hot-swapping": HOTSWAP,
     "Tokens and ties": TOKENS,

@@ -45,9 +45,9 @@ LACKING = {
         r"peft\.tuners\.adaption_prompt\.(config\.(?!Adaption)|utils\.).*",
         r".*\.(MultiplicativeDropoutLayer|get_fbd_cuda|patch_environment|FastBlockDiag|make_kron|UniqueBaseGrad)",
     ),
-    "options of LoRA that are not built (arrow, VeLoRA, MonteCLoRA, ..., conversion of other methods)": (
+    "options of LoRA that are not built (arrow, VeLoRA, MonteCLoRA, ...)": (
         r"peft\.tuners\.lora\.(arrow|intruders|monteclora|variants|velora)\..*",
-        r".*\.(create_arrow_model|convert_to_lora|save_as_lora)",
+        r".*\.create_arrow_model",
         r".*\.(Montecl\w+|get_alora_offsets_for_\w+)",
         r".*\.(Arrow|BdLora|Kasa|Velora)Config",
         r".*\.LoraVariant|.*\.VARIANT_KWARG_KEYS|.*\.LoraEmbeddingATPHolder",

@@ -2,6 +2,7 @@ from .attention import MultiheadAttention
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
 from .conv import Conv1d, Conv2d, Conv3d
+from .converted import convert_to_lora, save_as_lora
 from .embedding import Embedding
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .groups import set_lora_groups
@@ -32,9 +33,11 @@ __all__ = [
     "LoraRuntimeConfig",
     "MultiheadAttention",
     "ParamWrapper",
+    "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_loraga",
+    "save_as_lora",
     "set_lora_groups",
     "set_lora_mlp",
 ]

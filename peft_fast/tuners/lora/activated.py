@@ -161,6 +161,9 @@ class InvokedLayer(ScaledLayer):
         names = [name for name in super().adapters_in_effect() if name in self.invocations]
         return f"{names[0]!r} is there from its invocation on" if names else None
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return adapter_name not in self.invocations and super().supports_lora_conversion(adapter_name)
+
     def adapters_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         names = super().adapters_to_merge(adapter_names)
         self._refuse_to_merge_invoked(names)

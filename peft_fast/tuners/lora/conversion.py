@@ -18,6 +18,9 @@ from torch import Tensor
 from peft_fast.adapter_file import load_peft_weights
 
 from .config import LoraConfig
+from .converted import convert_to_lora, save_as_lora
+
+__all__ = ["as_plain_lora", "convert_to_lora", "difference", "save_as_lora"]
 
 A_NAMES, B_NAMES = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
 

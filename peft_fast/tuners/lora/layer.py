@@ -249,6 +249,7 @@ class Linear(LoraLayer):
     dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
     starts_from_weight = True
     may_be_invoked = True
+    adds_to_weight = True
     group: Any = None  # with its siblings, while their parent's forward runs (groups.py)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):

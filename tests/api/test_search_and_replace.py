@@ -52,7 +52,6 @@ LACKING = {
         r".*\.(Arrow|BdLora|Kasa|Velora)Config",
         r".*\.LoraVariant|.*\.VARIANT_KWARG_KEYS|.*\.LoraEmbeddingATPHolder",
     ),
-    "optimisers that are not built": (r"peft\.optimizers\..*(lorafa|riemannian|LoraFA|Riemannian).*",),
     "formats that layers are called for here (LinearLike, _register_custom_module), and parallel layers": (
         r"peft\.tuners\.lora\.(aqlm|awq|eetq|gptq|hqq|inc|te|torchao|tp_layer)\..*",
         r"peft\.utils\.quantization_utils\..*",

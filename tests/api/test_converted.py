@@ -121,6 +121,21 @@ def test_k_bit_bases_and_dora(method, llama_4bit, tokens):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_large_layer_by_its_largest_vectors(monkeypatch):
+    """Whether that route finds them or stands down: what is kept of the delta is what a full SVD keeps."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"layer": nn.Linear(1024, 1040)})
+    config = peft_fast.LoHaConfig(r=16, alpha=64, target_modules=["layer"], init_weights=False)
+    model = peft_fast.get_peft_model(base, config)
+    delta = model.base_model.model["layer"].get_delta_weight("default")
+    full = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda x, **options: full(x, **options) if min(x.shape) < 100 else 1 / 0)
+    _, tensors = convert_to_lora(model, 8)
+    U, S, Vh = full(delta, full_matrices=False)
+    (kept,) = deltas(tensors).values()
+    torch.testing.assert_close(kept, (U[:, :8] * S[:8]) @ Vh[:8], atol=1e-3 * float(delta.abs().max()), rtol=0)
+
+
 def test_conv1d_whole_modules_and_excluded_layers(tokens, tmp_path):
     """In peft the converted adapter is on the excluded layers too."""
 

@@ -135,6 +135,20 @@ def test_rank_zero_takes_the_adapter_away_and_files_travel(llama, data, tokens, 
     ] == left
 
 
+def test_a_trained_adapter_less_its_start(llama, data, tokens, trained, tmp_path):
+    """As in peft a plain adapter of twice the ranks, where EVA's A is taken out again."""
+    model = adapted(peft_fast, llama(), r=2)
+    peft_fast.initialize_lora_eva_weights(model, data, show_progress_bar=False)
+    model.save_pretrained(tmp_path / "initial")
+    expected = trained(model.eval())(input_ids=tokens).logits
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    for library in LIBRARIES:
+        loaded = library.PeftModel.from_pretrained(llama(), tmp_path / "plain")
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-4)
+        assert loaded.peft_config["default"].rank_pattern
+        assert loaded.peft_config["default"].eva_config is None
+
+
 def test_a_second_adapter_stays_on_a_layer_that_loses_this_one(llama, data, tokens):
     model = adapted(peft_fast, llama(), target_modules=[*TARGETS, "gate_proj"], r=2)
     model.add_adapter("other", peft_fast.LoraConfig(r=3, target_modules=["gate_proj", "down_proj"]))

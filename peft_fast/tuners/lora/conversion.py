@@ -81,6 +81,7 @@ def _check(config: LoraConfig) -> None:
 def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
+    plain.corda_config = plain.lora_ga_config = plain.eva_config = None  # of the start, which is no longer one
     plain.r *= 2
     plain.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     plain.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}

@@ -24,6 +24,7 @@ from peft_fast.tuners.modules_to_save import ModulesToSaveWrapper
 
 from .config import LoraConfig
 from .initialisation import rows_in_full
+from .initialisation.largest import largest_singular
 
 
 @torch.no_grad()
@@ -131,7 +132,8 @@ def _delta(layer: Any, adapter_name: str) -> Tensor:
 
 def _factors(delta: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
     """(A [R, K], B [N, R])"""
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    found = None if isinstance(rank, float) else largest_singular(delta, int(rank))
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False) if found is None else found
     r = _enough(S, rank) if isinstance(rank, float) else int(rank)
     if r > len(S):
         raise ValueError(f"rank must be at most {len(S)} for a weight of {tuple(delta.shape)}, got {r}")

@@ -27,7 +27,8 @@ from .tuners.lora.padding import PADDED, groups_of, pad, padded
 from .tuners.matching import by_pattern
 from .tuners.names import without_compiling
 
-SAME = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")  # what adapters that replace one another share
+# What adapters that replace one another share.
+SAME = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "alora_invocation_tokens")
 
 
 class Swap(NamedTuple):

@@ -71,6 +71,12 @@ def get_peft_model(
             "the model has adapters already: to add one call add_adapter, to start anew call unload() first",
             stacklevel=2,
         )
+    if getattr(peft_config, "init_lora_weights", None) == "eva" and not low_cpu_mem_usage:
+        warnings.warn(
+            "init_lora_weights='eva' gives the adapter other weights, maybe of other ranks, later: until then "
+            "low_cpu_mem_usage=True needs no memory for them",
+            stacklevel=2,
+        )
     wrapped = wrapper(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
     _note_base_model(peft_config, model, revision)
     return wrapped

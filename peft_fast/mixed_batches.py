@@ -6,6 +6,7 @@ model.enable_mixed_batch_training()                    and gradients: in peft an
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .peft_types import PeftType
 from .tuners.layer import BaseTunerLayer
+from .tuners.lora.activated import ActivatedBatch, BesideBatch, checked_offsets, invocation_of, offsets_for
 from .tuners.mixed_batch import MixedBatch, TokenAdapters, adapters_of, repeats_of, within
 
 
@@ -66,6 +68,7 @@ class MixedBatches:
     peft_type: Any
     training: bool
     _mixed_training: MixedBatchTraining | None = None
+    _finds_invocations = False  # of activated adapters, in input_ids: where the task is CAUSAL_LM
 
     def enable_mixed_batch_training(
         self, adapter_names: Sequence[str] | None = None, seeds: Mapping[str, int] | None = None
@@ -96,21 +99,86 @@ class MixedBatches:
             self.base_model.set_requires_grad([name], name in active and not config.inference_mode)
 
     @contextmanager
-    def _mixed_batch(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Take adapter_names out of a call's arguments; within, the model's layers go by them."""
-        if kwargs.pop("alora_offsets", None) is not None:
-            raise NotImplementedError("alora_offsets need activated LoRA, which is not built yet: leave them out")
-        names = kwargs.pop("adapter_names", None)
+    def _mixed_batch(self, kwargs: dict[str, Any], inputs: Tensor | None = None, generating: bool = False) -> Iterator:
+        """Take adapter_names and alora_offsets out of a call's arguments; within, the model's layers go by them.
+
+        `inputs`: the ids of the tokens, in which activated adapters' invocations are looked for.
+        """
+        names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
         if names is None:
-            yield
+            with self._activated(kwargs, offsets, inputs, generating):
+                yield
             return
         if isinstance(names, str) or not isinstance(names, Sequence | TokenAdapters):
             raise TypeError(f"adapter_names must be a list with a name for each sample, got {names!r}")
         holders = self._holders()
-        self._check_mixed(adapters_of(names), holders)
-        repeats = repeats_of(kwargs, getattr(self.base_model.model, "generation_config", None))
-        with within(self.base_model, list(holders.values()), self._new_batch(names, holders, repeats)):
+        adapters = adapters_of(names)
+        self._check_mixed(adapters, holders)
+        batch = self._new_batch(names, holders, self._repeats(kwargs))
+        invoked = [name for name in adapters if invocation_of(self.base_model.peft_config[name])]
+        if offsets is not None and (batch.by_token or not invoked):
+            why = "are by token already" if batch.by_token else f"name none with alora_invocation_tokens: {adapters}"
+            raise ValueError(f"alora_offsets are for activated adapters, and adapter_names {why}")
+        with within(self.base_model, list(holders.values()), batch):
+            if batch.by_token or not invoked:
+                yield
+                return
+            offsets = self._offsets(list(names), offsets, inputs)  # type: ignore[arg-type]
+            linear = [layer for layer in holders.values() if getattr(layer, "may_be_invoked", False)]
+            length = inputs.shape[-1] if generating and inputs is not None else None
+            by_token = ActivatedBatch(adapters, names, offsets, length, batch.repeats, *batch.randomness)  # type: ignore[arg-type]
+            with within(self.base_model, linear, by_token):
+                yield
+
+    @contextmanager
+    def _activated(
+        self, kwargs: Mapping[str, Any], offsets: Any, inputs: Tensor | None, generating: bool
+    ) -> Iterator[None]:
+        """Within, the active adapter is there from its invocation on, if it is one that is invoked."""
+        configs = self.base_model.peft_config if self.peft_type == PeftType.LORA else {}
+        names = [n for n in getattr(self.base_model, "active_adapters", []) if invocation_of(configs.get(n))]
+        if not names:
+            if offsets is not None:
+                raise ValueError("alora_offsets are for adapters with alora_invocation_tokens, and none such is active")
             yield
+            return
+        if len(names) > 1:
+            raise ValueError(
+                f"of adapters with alora_invocation_tokens one can be active at a time, got {names}: see adapter_names"
+            )
+        if inputs is not None:
+            samples = len(torch.atleast_2d(inputs))
+        else:
+            samples = 0 if offsets is None else len(checked_offsets(offsets, None))
+        of_samples = names * samples
+        found = self._offsets(of_samples, offsets, inputs)
+        layers = [
+            layer
+            for _, layer in self.base_model.layers()
+            if names[0] in getattr(layer, "invocations", ()) and not layer.merged and not layer.disable_adapters
+        ]
+        length = inputs.shape[-1] if generating and inputs is not None else None
+        with within(self.base_model, layers, BesideBatch(names, of_samples, found, length, self._repeats(kwargs))):
+            yield
+
+    def _offsets(self, names: Sequence[str], given: Any, inputs: Tensor | None) -> list[int | None] | None:
+        """Of each sample: how many tokens from the end its adapter is there; None where that is not known."""
+        if given is not None:
+            given = checked_offsets(given, len(names))
+        elif not self._finds_invocations:
+            return None
+        elif inputs is None:
+            warnings.warn(
+                "the invocations of activated adapters are looked for in input_ids, and there are none: the adapters "
+                "are not there. Give alora_offsets",
+                stacklevel=5,
+            )
+            return None
+        ids = torch.empty(0) if inputs is None else torch.atleast_2d(inputs)
+        return offsets_for(self.base_model.peft_config, names, ids, given)
+
+    def _repeats(self, kwargs: Mapping[str, Any]) -> int:
+        return repeats_of(kwargs, getattr(self.base_model.model, "generation_config", None))
 
     def _new_batch(self, names: Any, holders: Mapping[str, Any], repeats: int) -> MixedBatch:
         training = self._mixed_training

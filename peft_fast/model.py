@@ -143,7 +143,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
 
     def _call_base_model(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         """What a task's forward does: pass on what was given, after the prompt where there is one."""
-        with self._mixed_batch(kwargs):
+        with self._mixed_batch(kwargs, given.get("input_ids")):
             return self._call_with(given, task_ids, self._for_the_base(kwargs))
 
     def _call_with(self, given: dict[str, Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
@@ -165,7 +165,8 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
         model: Any = self.get_base_model()
         if "generation_config" in vars(self):  # assigned to us, and it is the base model that reads it
             model.generation_config = self.generation_config
-        with self._mixed_batch(kwargs):
+        inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with self._mixed_batch(kwargs, inputs if isinstance(inputs, Tensor) else None, generating=True):
             return self._generator().generate(*args, **self._for_the_base(kwargs))
 
     def _generator(self) -> Any:

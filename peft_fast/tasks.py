@@ -215,6 +215,8 @@ class PeftModelForQuestionAnswering(_WithHead):
 class PeftModelForCausalLM(_Generating, _WithLabels):
     """A causal language model with adapters: `forward` and `generate` are its model's."""
 
+    _finds_invocations = True
+
     def _call_with_prompt(self, inputs: dict[str, Any], task_ids: Any) -> Any:
         return call_with_prompt(self._tuner, inputs, task_ids, labels=True)
 

@@ -29,6 +29,7 @@ REFUSED = {  # option: what it says where it is off, and what to do
     "modules_to_save": ((None,), "merge it instead: model.merge_to_16bit() or merge_and_unload()"),
     "trainable_token_indices": ((None,), "merge it instead: model.merge_to_16bit() or merge_and_unload()"),
     "target_parameters": ((None,), "merge it instead: model.merge_to_16bit() or merge_and_unload()"),
+    "alora_invocation_tokens": ((None, []), "such adapters are there for some tokens only, and vLLM's for all"),
     "layer_replication": ((None,), "serve the replicated model, merged"),
 }
 

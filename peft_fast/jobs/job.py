@@ -68,6 +68,8 @@ class Job:
         if not isinstance(self.config, LoraConfig):
             kind = type(self.config).__name__
             raise TypeError(f"only LoRA adapters can be trained in shared batches: give a LoraConfig, got a {kind}")
+        if self.config.alora_invocation_tokens:
+            raise ValueError("a job's adapter is there for all tokens: leave alora_invocation_tokens out")
         self._check_base_untouched()
         self._check_numbers()
         data = self.data

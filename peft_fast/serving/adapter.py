@@ -97,6 +97,8 @@ def read(model: nn.Module, source: str | os.PathLike[str], dtype: torch.dtype, *
         raise ValueError(f"a store holds LoRA adapters, and {source} has one of {config.peft_type}")
     if config.layer_replication:
         raise ValueError(f"{source} replicates layers of its base model: a store's base model is shared and stays")
+    if config.alora_invocation_tokens:
+        raise ValueError(f"{source} has alora_invocation_tokens, and a store's adapters are there for all tokens")
     pairs = _pairs(source, load_peft_weights(source, "cpu", **hub_arguments))
     pieces: dict[str, Piece] = {}
     ends: dict[torch.device, int] = {}

@@ -16,7 +16,19 @@ from .layer import AdapterHolder, BaseTunerLayer
 from .ln_tuning import LNTuningConfig, LNTuningModel
 from .loha import LoHaConfig, LoHaModel
 from .lokr import LoKrConfig, LoKrModel
-from .lora import LoftQConfig, LoraConfig, LoraGAConfig, LoraModel, LoraRuntimeConfig, preprocess_loraga
+from .lora import (
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_loraga,
+    save_as_lora,
+)
 from .mixed import MixedModel
 from .modules_to_save import ModulesToSaveWrapper
 from .multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -115,6 +127,7 @@ __all__ = [
     "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
+    "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
     "HRAConfig",
@@ -157,8 +170,12 @@ __all__ = [
     "VeraConfig",
     "VeraModel",
     "config_class",
+    "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "method_class",
     "preprocess_loraga",
     "prompt_encoder_class",
+    "save_as_lora",
     "tuner_class",
 ]

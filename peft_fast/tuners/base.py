@@ -329,6 +329,11 @@ class BaseTuner(Merging):
     def as_today(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
         return state_dict  # an adapter's tensors, as the model is today; keys begin with `prefix`
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether convert_to_lora can make LoRA of the adapter, in every layer that has it."""
+        mine = [layer for _, layer in self.layers() if layer.has_adapter(adapter_name)]
+        return bool(mine) and all(layer.supports_lora_conversion(adapter_name) for layer in mine)
+
     def state_keys(self, adapter_name: str) -> dict[str, str]:
         """{key in the adapter's file: key in self.model.state_dict()}: what is saved, and where it is loaded to."""
         self._check_known([adapter_name])

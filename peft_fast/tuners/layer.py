@@ -148,6 +148,7 @@ class BaseTunerLayer(AdapterHolder):
     weight_name = "weight"  # the parameter of the base layer that adapters are added to
     why_not_mixed: str | None = None  # why its samples cannot go through different adapters, where they cannot
     cast_input_dtype_enabled = True  # see helpers.disable_input_dtype_casting
+    adds_to_weight = False  # whether its adapters can be converted to LoRA: see supports_lora_conversion
     backend: str | None = None  # "triton" or "torch": for this layer, whatever the process-wide choice is
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -188,6 +189,10 @@ class BaseTunerLayer(AdapterHolder):
 
     def has_adapter(self, adapter_name: str) -> bool:
         return any(adapter_name in getattr(self, attribute) for attribute in self.adapter_layer_names)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether convert_to_lora can make LoRA of the adapter: where it adds a matrix to the weight."""
+        return self.adds_to_weight and getattr(self.get_base_layer(), "groups", 1) == 1
 
     def why_idle(self) -> str:
         """What is said of the adapters where none is in effect."""

@@ -34,6 +34,7 @@ class LycorisLayer(ScaledLayer):
 
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout", "rank_dropout_scale")
     method: str  # what is said before the class's name
+    adds_to_weight = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, r: int, alpha: float) -> None:
         super().__init__(base_layer)

@@ -76,6 +76,10 @@ class MixedBatch:
         self._segments: dict[tuple, Segments] = {}
         self.kept: dict[nn.Module, Any] = {}  # what layers have looked up for this batch, while nothing is trained
 
+    def beside(self, layer: Any) -> list[str]:
+        """Adapters of the layer that are there in all samples, whatever these are named."""
+        return []
+
     def of_rows(self, x: Tensor) -> list[int]:
         """The adapter of each row of x [samples, ...]: its place in `adapters`, -1 for none; of each of its tokens
         [samples, tokens, ...] where tokens have names of their own. ValueError where x has another number of them."""
@@ -102,6 +106,11 @@ class MixedBatch:
                 "adapter_names by token need a name for each token that a layer gets, "
                 f"got {sorted(lengths)} names a sample for an input {tuple(x.shape)}"
             )
+
+    @property
+    def randomness(self) -> tuple[Tensor | None, dict[nn.Module, int]]:
+        """(keys, layer_of)"""
+        return self._keys, self._layer_of
 
     @property
     def by_token(self) -> bool:
@@ -228,8 +237,9 @@ def one_by_one(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     numbers = torch.tensor(batch.of_rows(x), device=x.device)
     flat = x.flatten(0, 1) if batch.by_token else x
     active, parts, places = layer._active_adapter, [], []
+    beside = batch.beside(layer)
     try:
-        for number, names in enumerate([[], *([name] for name in batch.adapters)], start=-1):
+        for number, names in enumerate([beside, *([*beside, name] for name in batch.adapters)], start=-1):
             rows = torch.nonzero(numbers == number)[:, 0]
             if rows.numel() or not (numbers.numel() or names):  # an empty batch is run once
                 layer._active_adapter = names

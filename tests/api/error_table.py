@@ -4,9 +4,12 @@ Each row is triggered in both libraries by test_error_table.py, which also write
 Methods, layers and options that are not built here yet are refused by name: NOT_BUILT in tuners/lora/config.py.
 """
 
+from error_rows_activated import ACTIVATED
 from error_rows_attention import PROMPTS_IN_ATTENTION
 from error_rows_batches import BATCHES
 from error_rows_calibrated import CALIBRATED, REPLICATIONS
+from error_rows_converted import CONVERTED
+from error_rows_eva import EVA
 from error_rows_files import AUTO, LOADING, SAVING
 from error_rows_hotswap import HOTSWAP
 from error_rows_layers import LAYERS, NAMES
@@ -26,9 +29,9 @@ TABLE: dict[str, list[Row]] = {
     "Configs": CONFIGS,
     "Making adapters": MAKING,
     "Initialisations": STARTS,
-    "Starts from sample data": CALIBRATED,
+    "Starts from sample data": [*CALIBRATED, *EVA],
     "Replicated layers": REPLICATIONS,
-    "Conversion": CONVERSIONS,
+    "Conversion": [*CONVERSIONS, *CONVERTED],
     "Combination": COMBINATIONS,
     "Hot-swapping": HOTSWAP,
     "Tokens and ties": TOKENS,
@@ -42,6 +45,7 @@ TABLE: dict[str, list[Row]] = {
     "(IA)^3, VeRA, AdaLoRA, LoKr, LayerNorm tuning, tokens, SHiRA": [*TUNERS, *MORE],
     "Their life": LIFE,
     "Batches of several adapters": BATCHES,
+    "Activated LoRA": ACTIVATED,
     "Saving": SAVING,
     "Loading": LOADING,
     "AutoPeftModel": AUTO,

@@ -45,15 +45,13 @@ LACKING = {
         r"peft\.tuners\.adaption_prompt\.(config\.(?!Adaption)|utils\.).*",
         r".*\.(MultiplicativeDropoutLayer|get_fbd_cuda|patch_environment|FastBlockDiag|make_kron|UniqueBaseGrad)",
     ),
-    "options of LoRA that are not built (EVA, aLoRA, arrow, VeLoRA, MonteCLoRA, ..., conversion of other methods)": (
-        r"peft\.tuners\.lora\.(arrow|eva|intruders|monteclora|variants|velora)\..*",
-        r".*\.(create_arrow_model|convert_to_lora|save_as_lora|get_eva_state_dict|initialize_lora_eva_weights)",
-        r"peft\.utils\.incremental_pca\..*",
+    "options of LoRA that are not built (arrow, VeLoRA, MonteCLoRA, ...)": (
+        r"peft\.tuners\.lora\.(arrow|intruders|monteclora|variants|velora)\..*",
+        r".*\.create_arrow_model",
         r".*\.(Montecl\w+|get_alora_offsets_for_\w+)",
-        r".*\.(Arrow|BdLora|Eva|Kasa|Velora)Config",
+        r".*\.(Arrow|BdLora|Kasa|Velora)Config",
         r".*\.LoraVariant|.*\.VARIANT_KWARG_KEYS|.*\.LoraEmbeddingATPHolder",
     ),
-    "optimisers that are not built": (r"peft\.optimizers\..*(lorafa|riemannian|LoraFA|Riemannian).*",),
     "formats that layers are called for here (LinearLike, _register_custom_module), and parallel layers": (
         r"peft\.tuners\.lora\.(aqlm|awq|eetq|gptq|hqq|inc|te|torchao|tp_layer)\..*",
         r"peft\.utils\.quantization_utils\..*",
@@ -72,6 +70,8 @@ LACKING = {
         r".*\.(DUMMY_TARGET_MODULES|MIN_TARGET_MODULES_FOR_OPTIMIZATION|ENABLE_DORA_CACHING|cache_decorator)",
         r".*\.loraga\.(get_target_modules|get_model_device|estimate_gradients)",
         r".*\.corda\.(?!preprocess|CordaEigens).*",
+        r".*\.eva\.(find_equal_values|get_device_with_meta_params|move_inputs_to_device|HashHook|SVDHook|UNSUPPORTED_\w+)",
+        r"peft\.utils\.incremental_pca\..*",
         r".*\.(HadaWeight|HadaWeightCP|make_weight|make_weight_cp|CONFIG_KEYS_TO_CHECK)",
         r".*\.(PREFIXES|Layers|Configs|helpers\.dora|logger)",
         r".*\.(has_valid_embedding_base_layer|get_embedding_layer_name|torch_load)",

@@ -18,6 +18,7 @@ class FourierFTLayer(AddedLayer):
     fourierft_random_loc_seed: dict[str, int]
     indices: BufferDict
     method = "fourierft"
+    adds_to_weight = True
     adapter_layer_names = ("fourierft_spectrum",)
     other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
     how = "the base layer is called, and the update is a product with the inverse Fourier transform of the spectrum"

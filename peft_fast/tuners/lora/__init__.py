@@ -2,7 +2,9 @@ from .attention import MultiheadAttention
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoraConfig, LoraRuntimeConfig
 from .conv import Conv1d, Conv2d, Conv3d
+from .converted import convert_to_lora, save_as_lora
 from .embedding import Embedding
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .groups import set_lora_groups
 from .layer import Linear, LoraLayer
 from .linear_like import LinearLike
@@ -10,7 +12,7 @@ from .loraga import preprocess_loraga
 from .mlp import set_lora_mlp
 from .model import LoraModel
 from .param_wrapper import ParamWrapper
-from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig
+from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 __all__ = [
     "Conv1d",
@@ -18,6 +20,7 @@ __all__ = [
     "Conv3d",
     "CordaConfig",
     "Embedding",
+    "EvaConfig",
     "Linear",
     "Linear4bit",
     "Linear8bitLt",
@@ -30,7 +33,11 @@ __all__ = [
     "LoraRuntimeConfig",
     "MultiheadAttention",
     "ParamWrapper",
+    "convert_to_lora",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
     "preprocess_loraga",
+    "save_as_lora",
     "set_lora_groups",
     "set_lora_mlp",
 ]

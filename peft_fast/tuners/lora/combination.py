@@ -172,6 +172,9 @@ def _check_adapters(tuner: Any, wanted: Combination) -> None:
                 raise ValueError(
                     f"add_weighted_adapter does not combine {option}, and adapter {name!r} has it: leave it out"
                 )
+    invocations = [tuner.peft_config[name].alora_invocation_tokens for name in wanted.adapters]
+    if any(one != invocations[0] for one in invocations):
+        raise ValueError(f"adapters to combine must have the same alora_invocation_tokens, got {invocations}")
     for path, module in tuner.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             have = [name for name in wanted.adapters if name in module.modules_to_save]

@@ -19,15 +19,13 @@ from peft_fast.peft_types import PeftType
 from peft_fast.tuners.options import are_indices, are_strings, compiled
 
 from . import initialisation
-from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig, made
+from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, made
 
 SWITCHES = ("fan_in_fan_out", "use_dora", "use_rslora", "lora_bias", "inference_mode", "ensure_weight_tying")
 NOT_BUILT = (
     "megatron_config",
     "megatron_core",
-    "eva_config",
     "velora_config",
-    "alora_invocation_tokens",
     "use_qalora",
     "qalora_group_size",
     "monteclora_config",
@@ -35,7 +33,7 @@ NOT_BUILT = (
     "arrow_config",
     "kasa_config",
 )
-INITS_NOT_BUILT = ("eva", "mica")
+INITS_NOT_BUILT = ("mica",)
 
 
 @with_help
@@ -70,8 +68,10 @@ class LoraConfig(PeftConfig):
       take the adapter's part out of the base weight; "orthogonal" (random halves of one basis, whose product is zero;
       r is even); "loftq" (factors that make up for quantisation, arXiv 2310.08659, with loftq_config); "corda" (what
       sample data need of the weight, arXiv 2406.05223, after preprocess_corda) and "lora_ga" (its gradient, arXiv
-      2407.05000, after preprocess_loraga), which take their part out of the base weight too.
-    loftq_config, corda_config, lora_ga_config: a LoftQConfig, ..., or a dict of its options.
+      2407.05000, after preprocess_loraga), which take their part out of the base weight too; "eva" (A is the principal
+      components of the layer's inputs, and ranks go to layers with the most to explain, arXiv 2410.07170), of an
+      adapter that is there: see initialize_lora_eva_weights.
+    loftq_config, corda_config, lora_ga_config, eva_config: a LoftQConfig, ..., or a dict of its options.
     layers_to_transform, layers_pattern: only layers of these indices, in the list of this name (None: any list).
     layer_replication: [[0, 4], [2, 5]] makes of five layers 0, 1, 2, 3, 2, 3, 4, in the weights that are there, each
       with adapters of its own. Of the first adapter of a model; nothing can be merged then.
@@ -85,6 +85,9 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: an embedding in modules_to_save or target_modules, and the output layer that shares its weight,
       are trained as one too.
     runtime_config: a LoraRuntimeConfig.
+    alora_invocation_tokens: activated LoRA (arXiv 2504.12397): the adapter is there from the last occurrence of these
+      token ids in a sample on, and the tokens before are the base model's. Of linear layers in causal language models;
+      cannot be merged.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.
@@ -100,6 +103,7 @@ class LoraConfig(PeftConfig):
         "alpha_pattern",
         "lora_bias",
         "trainable_token_indices",
+        "alora_invocation_tokens",
     )
 
     r: int = 8
@@ -169,6 +173,18 @@ class LoraConfig(PeftConfig):
             self.corda_config = CordaConfig()
         if self.init_lora_weights != "corda" and self.corda_config is not None:
             warnings.warn("corda_config is ignored: init_lora_weights is not 'corda'", stacklevel=3)
+        self.eva_config = made("eva_config", self.eva_config, EvaConfig)
+        if self.init_lora_weights == "eva" and self.eva_config is None:
+            warnings.warn("init_lora_weights='eva' without eva_config: its defaults are taken", stacklevel=3)
+            self.eva_config = EvaConfig()
+        if self.init_lora_weights != "eva" and self.eva_config is not None:
+            warnings.warn("eva_config is ignored: init_lora_weights is not 'eva'", stacklevel=3)
+        if self.alora_invocation_tokens and self.task_type != "CAUSAL_LM":
+            warnings.warn(
+                f"alora_invocation_tokens are looked for by models for CAUSAL_LM, and task_type is {self.task_type!r}: "
+                "give alora_offsets in each call, or the adapter is never there",
+                stacklevel=3,
+            )
         self.check()
         if (
             self.use_rslora
@@ -225,6 +241,8 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: the indices within that list of layers")
+        if self.alora_invocation_tokens and (self.use_dora or self.target_parameters):
+            raise ValueError("alora_invocation_tokens are not supported with use_dora or target_parameters")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias is not supported with use_dora: leave one of them out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -304,6 +322,8 @@ def _check_types(config: LoraConfig) -> None:
     named = are_strings(list(of_layers)) and (all(of_layers) or not isinstance(tokens, dict))
     fits = tokens is None or (named and all(map(_are_ids, of_layers.values())))
     rules.append(("trainable_token_indices", "a list of token ids, or a dict from layers to such lists", fits))
+    invocation = config.alora_invocation_tokens
+    rules.append(("alora_invocation_tokens", "a list of token ids", invocation is None or _are_ids(invocation)))
     rules.append(("runtime_config", "a LoraRuntimeConfig", isinstance(config.runtime_config, LoraRuntimeConfig)))
     for name in SWITCHES:
         rules.append((name, "True or False", isinstance(getattr(config, name), bool)))

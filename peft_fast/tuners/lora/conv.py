@@ -20,6 +20,8 @@ from .layer import WithConstants
 
 
 class _ConvNd(WithConstants):
+    adds_to_weight = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__(base_layer)
         base: Any = self.get_base_layer()

@@ -18,6 +18,9 @@ from torch import Tensor
 from peft_fast.adapter_file import load_peft_weights
 
 from .config import LoraConfig
+from .converted import convert_to_lora, save_as_lora
+
+__all__ = ["as_plain_lora", "convert_to_lora", "difference", "save_as_lora"]
 
 A_NAMES, B_NAMES = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
 
@@ -78,6 +81,7 @@ def _check(config: LoraConfig) -> None:
 def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
+    plain.corda_config = plain.lora_ga_config = plain.eva_config = None  # of the start, which is no longer one
     plain.r *= 2
     plain.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     plain.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}

@@ -20,15 +20,15 @@ from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_conv1d, linear_features, matmul_weight
 from peft_fast.tuners.low_rank import call_of
-from peft_fast.tuners.scaling import ScaledLayer
 
 from . import dora, initialisation, multi
+from .activated import InvokedLayer
 from .called import call, why_called
 from .config import LoraConfig
 from .scales import folded
 
 
-class LoraLayer(ScaledLayer):
+class LoraLayer(InvokedLayer):
     """The adapters' weights and numbers, whatever kind of layer they are around."""
 
     dora_layer: type[dora.DoraLayer] | None = None  # the class of a layer's magnitudes, where it can have such
@@ -37,7 +37,16 @@ class LoraLayer(ScaledLayer):
     starts_from_weight = False  # whether initialisations that read the base weight are for it
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "invocations",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -60,6 +69,7 @@ class LoraLayer(ScaledLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig) -> None:
         """Add an adapter, not active yet. The same seed gives the same weights as in peft, bit for bit."""
+        self.note_invocation(adapter_name, config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_dora[adapter_name] = config.use_dora
@@ -238,6 +248,8 @@ class Linear(LoraLayer):
 
     dora_layer: type[dora.DoraLayer] | None = dora.DoraLinearLayer
     starts_from_weight = True
+    may_be_invoked = True
+    adds_to_weight = True
     group: Any = None  # with its siblings, while their parent's forward runs (groups.py)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: float):
@@ -328,6 +340,8 @@ class Linear(LoraLayer):
 
     def route(self, tokens: int) -> Choice:
         weight, adapters = self.product_weight(), self.adapters_in_effect()
+        if self.invocations and (activated := self.why_activated()):
+            return Choice("lora_linear_multi", "multi", activated)
         reason = self.why_idle()
         with_magnitudes = any(name in self.lora_magnitude_vector for name in adapters)
         if called := why_called(self, adapters):

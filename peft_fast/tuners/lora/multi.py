@@ -7,8 +7,9 @@ from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
-from peft_fast.tuners.mixed_batch import MixedBatch, one_by_one
+from peft_fast.tuners.mixed_batch import MixedBatch, assigned, one_by_one
 
+from .activated import invoked
 from .called import why_called
 from .scales import folded
 
@@ -30,27 +31,39 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             batch.kept[layer] = call
     if call is ONE_BY_ONE:
-        return one_by_one(layer, x, *args, **kwargs)
-    y = compute(layer, x, call, batch, *args, **kwargs)
+        with invoked(layer):
+            return one_by_one(layer, x, *args, **kwargs)
+    if batch.beside(layer):
+        with assigned([layer], None):
+            y = layer.forward(x, *args, **kwargs)
+        y = y + _part(layer, x, call, batch).to(y.dtype)
+    else:
+        y = compute(layer, x, call, batch, *args, **kwargs)
     return _with_biases(layer, batch, x, y, call.here).to(y.dtype)
 
 
 def compute(layer: Any, x: Tensor, call: Call, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer and the adapters' products, without biases of theirs."""
     here, adapters, weight = call
-    segments = batch.segments(x)
-    keys = _keys(layer, batch, x) if adapters.drops else None
     if weight is None or args or kwargs:
         y = layer.base_layer(x, *args, **kwargs)
         if not here:
             return y
-        part = ops.lora_linear_multi(x, None, adapters, segments, dropout_keys=keys, backend=layer.backend)
-        return y + part.to(y.dtype)
+        return y + _part(layer, x, call, batch).to(y.dtype)
+    keys = _keys(layer, batch, x) if adapters.drops else None
     dtype = layer.own_dtype(x) if isinstance(weight, QuantizedWeight) else None
     y = ops.lora_linear_multi(
-        x, weight, adapters, segments, layer.bias, dropout_keys=keys, dtype=dtype, backend=layer.backend
+        x, weight, adapters, batch.segments(x), layer.bias, dropout_keys=keys, dtype=dtype, backend=layer.backend
     )  # fmt: skip
     return y if dtype is None else y.to(x.dtype)
+
+
+def _part(layer: Any, x: Tensor, call: Call, batch: MixedBatch) -> Tensor:
+    """The adapters' products alone."""
+    keys = _keys(layer, batch, x) if call.adapters.drops else None
+    return ops.lora_linear_multi(
+        x, None, call.adapters, batch.segments(x), dropout_keys=keys, backend=layer.backend
+    )  # fmt: skip
 
 
 ONE_BY_ONE = object()  # instead of a Call

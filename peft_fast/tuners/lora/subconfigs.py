@@ -1,5 +1,6 @@
 """Options of single initialisations, as objects: fields of LoraConfig that are dicts in a file."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -36,6 +37,31 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         _check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
+
+
+@with_help
+@dataclass
+class EvaConfig:
+    """rho: how many times r a layer's rank may become, from 1 (every layer keeps r) on.
+    tau: how alike a component has to be before and after a batch, as a cosine, to count as found.
+    use_label_mask, label_mask_value: tokens with this label do not count, where the data have labels.
+    whiten: divide each component by the root of its singular value.
+    adjust_scaling_factors: change lora_alpha with a layer's rank, so that its scale stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("rho", 1, math.inf), ("tau", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                reach = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"{name} must be a number, {reach}, got {value!r}")
 
 
 @with_help

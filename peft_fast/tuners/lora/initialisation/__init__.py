@@ -25,7 +25,7 @@ from .orthogonal import orthogonal
 from .pissa import pissa, pissa_niter
 from .start import Change, Start, rows_in_full
 
-NAMES = ("pissa", "pissa_niter_<0 to 999>", "olora", "orthogonal", "loftq", "corda", "lora_ga")
+NAMES = ("pissa", "pissa_niter_<0 to 999>", "olora", "orthogonal", "loftq", "corda", "lora_ga", "eva")
 SLOW = re.compile("pissa|olora|loftq|lora_ga")  # a decomposition a layer: worth a progress bar
 NITER = re.compile(r"pissa_niter_(\d{1,3})")  # a config from elsewhere may not ask for endless work
 
@@ -44,7 +44,7 @@ def method_of(init: Any) -> str | None:
 
 def changes_base(init: Any) -> bool:
     """Whether the base weight is written to."""
-    return method_of(init) not in (None, "orthogonal")
+    return method_of(init) not in (None, "orthogonal", "eva")
 
 
 def subtracts(init: Any) -> bool:
@@ -63,6 +63,9 @@ def begin(layer: Any, adapter_name: str, config: Any) -> Start | None:
     if name is None:
         layer.reset_lora_parameters(adapter_name, config.init_lora_weights)
         return None
+    if name == "eva":
+        _before_eva(layer, adapter_name)
+        return None
     _check(layer, name)
     A, B = layer.factors(adapter_name)
     if A.weight.is_meta and not changes_base(name):  # a file will be loaded over them
@@ -79,6 +82,15 @@ def begin(layer: Any, adapter_name: str, config: Any) -> Start | None:
         change = Change(layer, start, layer.scaling[adapter_name])
         at_end(change.write, change.undo)
     return start
+
+
+def _before_eva(layer: Any, adapter_name: str) -> None:
+    """B is zero; A is as its module draws it, until initialize_lora_eva_weights. Layers that EVA is not for start
+    plainly."""
+    if not layer.starts_from_weight:
+        layer.reset_lora_parameters(adapter_name, True)
+        return
+    torch.nn.init.zeros_(layer.lora_B[adapter_name].weight)
 
 
 def _plainly(layer: Any, adapter_name: str) -> None:
@@ -145,7 +157,7 @@ def _check(layer: Any, name: str) -> None:
 def _check_numbers(weight: Tensor, name: str, r: int, scale: float) -> None:
     if weight.is_meta:
         raise ValueError(f"init_lora_weights={name!r} reads the base weight, and that is on the meta device: load it")
-    if not bool(weight.isfinite().all()):
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # isfinite() of the weight takes more than its memory
         raise ValueError(f"init_lora_weights={name!r} decomposes the base weight, and that holds inf or NaN")
     if name != "orthogonal" and r > min(weight.shape):
         raise ValueError(

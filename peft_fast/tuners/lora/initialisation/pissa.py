@@ -7,12 +7,14 @@ the weight is frozen.
 import torch
 from torch import Tensor
 
+from .largest import largest_singular
 from .start import Start
 
 
 def pissa(weight: Tensor, r: int, scale: float) -> Start:
-    """weight [N, K] -> A [R, K], B [N, R] by a full SVD."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    """weight [N, K] -> A [R, K], B [N, R] by a full SVD, or where that takes long by one of the largest vectors alone,
+    to the same accuracy."""
+    U, S, Vh = largest_singular(weight, r) or torch.linalg.svd(weight, full_matrices=False)
     return _start(U[:, :r], S[:r], Vh[:r], scale)
 
 

@@ -19,6 +19,7 @@ from .adapter_file import is_plain, load_peft_weights
 from .checkpoint import keys_in_model
 from .config import PeftConfig
 from .peft_types import PeftType
+from .tuners import sharded
 from .tuners.lora import dora
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.conv import Conv2d
@@ -216,10 +217,10 @@ def _holds(own: Tensor, value: Tensor) -> bool:
 
 def _write(model: nn.Module, own: nn.Parameter, name: str, value: Tensor) -> None:
     if own.shape == value.shape:
-        own.copy_(value)
+        sharded.write(own, value)
     elif _holds(own, value):
         path = name.partition(".lora_")[0]
-        own.copy_(padded(value.to(own), own.shape, _groups(model.get_submodule(path), name)))
+        sharded.write(own, padded(value.to(own.device, own.dtype), own.shape, _groups(model.get_submodule(path), name)))
     else:
         own.data = value.to(own.device, own.dtype, copy=True)
 

@@ -105,6 +105,11 @@ def _stored(module: nn.Module) -> Tensor:
     return weight.data
 
 
+_CAST = (
+    "the codes of a {} x {} weight in 4 bits must be {} bytes, got {}, as {}: they were cast, which FSDP's mixed "
+    "precision does to codes that are stored as floats of another dtype. Give bnb_4bit_quant_storage and "
+    "MixedPrecisionPolicy's param_dtype the same dtype"
+)
 _NOT_QUANTISED = (
     "a {} layer is not quantised yet: bitsandbytes quantises when the layer is moved to a device, "
     'so call model.to("cuda") (or "cpu") first'
@@ -140,6 +145,8 @@ def _read_4bit(module: nn.Module) -> QuantizedWeight:
         nested = NestedScales(inner.absmax, inner.code, state.offset, inner.blocksize)
     shape = (state.shape[0], state.shape[1])
     data = _as_bytes(_stored(module))
+    if data.numel() != (shape[0] * shape[1] + 1) // 2:
+        raise ValueError(_CAST.format(*shape, (shape[0] * shape[1] + 1) // 2, data.numel(), _stored(module).dtype))
     return QuantizedWeight(
         data, state.absmax, state.code, shape, state.blocksize, state.quant_type, state.dtype, nested
     )

@@ -21,6 +21,7 @@ from peft_fast.transaction import unchanged_on_error
 from .base_weight import HALF_DTYPES, check_writable, quantized_weight, set_base_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
+from .sharded import refuse_sharded
 from .trainable_tokens import TrainableTokensLayer
 from .trainable_tokens.wrapper import TrainableTokensWrapper
 
@@ -61,6 +62,7 @@ def _check(model: Any, dtype: torch.dtype) -> None:
             f"merge_to_16bit knows the k-bit layers of bitsandbytes and peft_fast, not those of {method}: call "
             "unload() and the model's own dequantize(), and load the adapter onto that"
         )
+    refuse_sharded(model, "merge_to_16bit")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("weights are on the meta device or offloaded: load the whole model onto one device")
     same = {module for pair in _tied_tokens(model) for module in pair}

@@ -20,6 +20,7 @@ from .adapter_file import PREFIX, described, fits
 from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
+from .sharded import whole, write
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -28,7 +29,6 @@ from .tuners.modules_to_save import ModulesToSaveWrapper
 from .tuners.names import without_compiling
 from .tuners.offload import offloading_hook, onloaded
 from .tuners.prompt_learning import PromptTuner
-from .tuners.sharded import whole, write
 from .tuners.tied import EMBEDDING_LAYER_NAMES
 from .tuners.trainable_tokens import TrainableTokensLayer
 from .tuners.trainable_tokens.wrapper import TrainableTokensWrapper

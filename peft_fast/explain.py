@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from .dispatch import TritonUnsupported
 from .integrations.peft_layers import Accelerated, is_peft_layer, why_peft
 from .quant.weight import QuantizedWeight
+from .sharded import as_in_forward
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora import groups, mlp
-from .tuners.sharded import as_in_forward
 
 
 @dataclass(frozen=True)

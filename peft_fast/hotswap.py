@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .adapter_file import is_plain, load_peft_weights
 from .checkpoint import keys_in_model
 from .config import PeftConfig
 from .peft_types import PeftType
-from .tuners import sharded
 from .tuners.lora import dora
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.conv import Conv2d

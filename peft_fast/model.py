@@ -232,6 +232,8 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
             )
         if vllm_compatible:
             save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)
+        if state_dict is not None and not is_main_process:
+            return  # what accelerate's get_state_dict gives these processes is empty
         ready = {}
         for name in names:  # all of them, before the first is written
             config: Any = self._tuner.config_for_file(name)

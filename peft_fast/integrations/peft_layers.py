@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import PLAIN, is_plain
 from peft_fast.tuners.base_weight import base_weight, matmul_weight, why_not_embedding
 from peft_fast.tuners.lora.called import why_called
 from peft_fast.tuners.lora.embedding import Embedding
 from peft_fast.tuners.lora.layer import Linear
 from peft_fast.tuners.lora.members import JOINING
-from peft_fast.tuners.sharded import PLAIN, is_plain
 
 
 class Accelerated:

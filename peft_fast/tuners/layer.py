@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import refuse_sharded
 
 from ._buffer_dict import BufferDict
 from .base_weight import base_weight, can_hold, check_writable, clone, set_base_weight, set_quantized_weight
 from .offload import home, onloaded
-from .sharded import refuse_sharded
 
 
 class AdapterHolder(nn.Module):

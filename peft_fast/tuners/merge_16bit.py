@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from peft_fast import ops
 from peft_fast.quant import bitsandbytes
+from peft_fast.sharded import refuse_sharded
 from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES, check_writable, quantized_weight, set_base_weight
 from .layer import AdapterHolder, BaseTunerLayer
 from .modules_to_save import ModulesToSaveWrapper
-from .sharded import refuse_sharded
 from .trainable_tokens import TrainableTokensLayer
 from .trainable_tokens.wrapper import TrainableTokensWrapper
 

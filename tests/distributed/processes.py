@@ -12,10 +12,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+ACCELERATE = [
+    "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no",
+]  # fmt: skip
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    + ["--mixed_precision", "no", "--dynamo_backend", "no"],
+    # --multi_gpu: with --cpu it starts one process. The script says that it runs on the CPU.
+    "accelerate": [*ACCELERATE, "--multi_gpu"],
+    "accelerate-fsdp": [
+        *ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+        "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--fsdp_state_dict_type", "FULL_STATE_DICT",
+        "--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_reshard_after_forward", "true",
+    ],
 }  # fmt: skip
 
 
@@ -35,7 +44,7 @@ def two(script: str, folder: Path, *arguments: str, launcher: str | None = None,
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(HERE / f"{script}_worker.py"), str(folder), *arguments]
     if launcher is not None:
-        more = ["--main_process_port", str(port)] if launcher == "accelerate" else []
+        more = ["--main_process_port", str(port)] if launcher.startswith("accelerate") else []
         started = [_start([*LAUNCHERS[launcher], *more, *command])]
     else:
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]

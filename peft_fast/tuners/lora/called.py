@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import is_plain
 from peft_fast.tuners.base_weight import is_touched
-from peft_fast.tuners.sharded import is_plain
 
 
 def why_called(layer: Any, adapters: Sequence[str]) -> str | None:

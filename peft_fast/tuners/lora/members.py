@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import PLAIN, is_plain
 from peft_fast.tuners.base_weight import is_touched, matmul_weight
-from peft_fast.tuners.sharded import PLAIN, is_plain
 
 from .bnb import Linear4bit, Linear8bitLt
 from .called import why_called

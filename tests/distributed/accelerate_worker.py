@@ -136,7 +136,9 @@ def with_trainer(name: str, make: Any, **options: Any) -> dict[str, Any]:
 
 def refused(name: str, make: Any) -> str:
     """cpu_ram_efficient_loading sends parameters to the other processes, and a k-bit layer of ours has scales too."""
-    model = Accelerator(cpu=True).prepare(make())
+    model = make()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model, _ = Accelerator(cpu=True).prepare(model, optimizer)
     try:
         model(input_ids=models.rows(2))
     except ValueError as error:

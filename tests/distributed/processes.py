@@ -55,7 +55,7 @@ def two(script: str, folder: Path, *arguments: str, launcher: str | None = None,
         for process in started:
             process.kill()
     assert all(process.returncode == 0 for process in started), "\n".join(
-        f"{out[-1500:]}{err[-4000:]}" for out, err in outputs
+        f"{out[-1500:]}{err[-9000:]}" for out, err in outputs
     )
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -20,6 +20,7 @@ from .adapter_file import PREFIX, described, fits
 from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
+from .sharded import whole, write
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -54,7 +55,8 @@ def get_peft_model_state_dict(
     `model` is a PeftModel, out of any DDP or FSDP wrapper, or a model that adapters were injected into: its keys lack
     the "base_model.model." that a PeftModel's begin with.
     `unwrap_compiled`: of a model that torch.compile made, keys without the "_orig_mod." that its names begin with.
-    `state_dict`: take the tensors from here (gathered from shards, say) and not from the model.
+    `state_dict`: take the tensors from here (gathered from shards, say) and not from the model. Of a model that FSDP2
+    (fully_shard) has sharded they are gathered: then every process has to call this.
     `save_embedding_layers`: also the embeddings of the base model; "auto": where they are adapted, or where the
     vocabulary's size is no longer that of the base model's own config file (on disk or in the Hub's cache).
     """
@@ -84,10 +86,10 @@ def _keys(tuner: AnyTuner, prefix: str, adapter_name: str) -> dict[str, str]:
 
 
 def _at_hand(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, without autograd, or a copy of it where accelerate has offloaded the layer that has it."""
+    """The tensor, without autograd, or a copy of it where it is sharded or accelerate has offloaded its layer."""
     path, _, attribute = name.rpartition(".")
     if not tensor.is_meta or offloading_hook(layer := model.get_submodule(path)) is None:
-        return tensor.detach()
+        return whole(tensor.detach())
     with onloaded(layer):
         return getattr(layer, attribute).detach().to("cpu", copy=True)
 
@@ -229,7 +231,7 @@ def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
     own = _tensors(model)
     for name, value in plan.values.items():
         if not own[name].is_meta:
-            own[name].copy_(value)
+            write(own[name], value)
             continue
         path, _, attribute = name.rpartition(".")
         if offloading_hook(layer := model.get_submodule(path)) is not None:

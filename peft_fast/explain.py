@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .dispatch import TritonUnsupported
 from .integrations.peft_layers import Accelerated, is_peft_layer, why_peft
 from .quant.weight import QuantizedWeight
+from .sharded import as_in_forward
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora import groups, mlp
 
@@ -58,25 +59,29 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     with what is trainable now, under the backend that is set now (dispatch.py). Routes depend on all of these: try
     tokens=1, which is what generating does.
     """
-    rows = []
-    for name, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, Accelerated)):
-            layer: Any = module
-            try:
-                choice = layer.route(tokens)
-                route, because = choice.route, choice.because
-            except (TritonUnsupported, ValueError) as refusal:
-                route, because = "refused", str(refusal)
-            rows.append(Row(name, describe(layer.base_weight()), route, because))
-        elif is_peft_layer(module):
-            rows.append(Row(name, "", "peft", why_peft(module)))
-        elif of_several := [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]:
-            because = "; ".join(choice.because for choice in of_several)
-            rows.append(Row(name, "", of_several[-1].route, because))
-    explanation = Explanation(tuple(rows))
+    with as_in_forward(model):
+        rows = [_row(name, module, tokens) for name, module in model.named_modules()]
+    explanation = Explanation(tuple(row for row in rows if row is not None))
     if show:
         print(explanation)
     return explanation
+
+
+def _row(name: str, module: nn.Module, tokens: int) -> Row | None:
+    if isinstance(module, (BaseTunerLayer, Accelerated)):
+        layer: Any = module
+        try:
+            choice = layer.route(tokens)
+            route, because = choice.route, choice.because
+        except (TritonUnsupported, ValueError) as refusal:
+            route, because = "refused", str(refusal)
+        return Row(name, describe(layer.base_weight()), route, because)
+    if is_peft_layer(module):
+        return Row(name, "", "peft", why_peft(module))
+    of_several = [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]
+    if of_several:
+        return Row(name, "", of_several[-1].route, "; ".join(choice.because for choice in of_several))
+    return None
 
 
 def describe(weight: Tensor | QuantizedWeight) -> str:

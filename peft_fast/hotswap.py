@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .adapter_file import is_plain, load_peft_weights
 from .checkpoint import keys_in_model
 from .config import PeftConfig
@@ -217,10 +218,10 @@ def _holds(own: Tensor, value: Tensor) -> bool:
 
 def _write(model: nn.Module, own: nn.Parameter, name: str, value: Tensor) -> None:
     if own.shape == value.shape:
-        own.copy_(value)
+        sharded.write(own, value)
     elif _holds(own, value):
         path = name.partition(".lora_")[0]
-        own.copy_(padded(value.to(own), own.shape, _groups(model.get_submodule(path), name)))
+        sharded.write(own, padded(value.to(own.device, own.dtype), own.shape, _groups(model.get_submodule(path), name)))
     else:
         own.data = value.to(own.device, own.dtype, copy=True)
 

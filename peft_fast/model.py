@@ -207,7 +207,8 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
 
         Writes adapter_model.safetensors (.bin without `safe_serialization`) and adapter_config.json, and README.md for
         the directory, all of an adapter's or none: files that were there survive a failure and a kill. `state_dict`:
-        tensors gathered from shards. Processes other than the main one write nothing. `max_shard_size` (push_to_hub
+        tensors gathered from shards. Processes other than the main one write nothing; where FSDP2 (fully_shard) has
+        sharded the model all have to call this, and the tensors are gathered here. `max_shard_size` (push_to_hub
         passes it) and `save_function` (examples with accelerate do) have no effect: adapters are one file, written in
         the way that cannot be torn.
         `path_initial_model_for_weight_conversion`: the folder that the adapter was saved to before training, for one
@@ -232,6 +233,8 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
             )
         if vllm_compatible:
             save_embedding_layers = check_and_leave_out_embeddings(self._tuner, names, save_embedding_layers)
+        if state_dict is not None and not is_main_process:
+            return  # what accelerate's get_state_dict gives these processes is empty
         ready = {}
         for name in names:  # all of them, before the first is written
             config: Any = self._tuner.config_for_file(name)

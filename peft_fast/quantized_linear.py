@@ -14,6 +14,7 @@ from . import ops
 from .quant import blockwise, int8
 from .quant.state import from_state, state_keys, to_state
 from .quant.weight import INT8, QuantizedWeight
+from .sharded import is_sharded
 
 
 class QuantizedLinear(nn.Module):
@@ -46,6 +47,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
+        if self._lost or (self._scales[0].is_meta and not self.weight.is_meta):
+            raise ValueError(
+                "the scales of a 4- or 8-bit layer went to the meta device and have not come back: load the model's "
+                "state dict after to_empty(), and leave cpu_ram_efficient_loading off for FSDP, which sends weights "
+                "alone to the other processes"
+            )
         return QuantizedWeight.from_tensors([self.weight.data.view(-1), *self._scales], self._format)
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
@@ -54,10 +61,12 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"the layer's weight is {self.quantized_weight.shape}, got {weight.shape}")
         self._take(weight)
 
+    _lost = False  # its scales: see quantized_weight
+
     def _take(self, weight: QuantizedWeight) -> None:
         rows = weight.shape if weight.bits == 8 else (-1, 1)
         self.weight = nn.Parameter(weight.data.view(rows), requires_grad=False)
-        self._format, self._scales = weight.format, weight.tensors()[1:]
+        self._format, self._scales, self._lost = weight.format, weight.tensors()[1:], False
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quant_matmul(x, self.quantized_weight, self.bias)
@@ -73,6 +82,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
         super()._apply(fn, recurse)
         device = self.weight.device
+        self._lost = self._lost or (not self.weight.is_meta and any(t.is_meta for t in self._scales))
         self._scales = [
             torch.empty_like(t, device=device) if t.is_meta else t.to(device)  # off meta: to_empty was called
             for t in self._scales
@@ -81,6 +91,8 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.weight):  # torch's distributed checkpoints want parameters and buffers alone, and scales are
+            return  # on every process: bitsandbytes' layers leave them out, too
         for name, tensor in to_state(self.quantized_weight).items():
             if name != "weight":
                 destination[prefix + name] = tensor
@@ -89,6 +101,11 @@ class QuantizedLinear(nn.Module):
         self, state_dict: dict, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        if is_sharded(self.weight):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         assign = local_metadata.get("assign_to_params_buffers", False)
         keys = state_keys(state_dict, prefix)
         try:

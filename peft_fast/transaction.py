@@ -82,7 +82,9 @@ def _do(writes: list[Write]) -> None:
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     """Copies of the module's containers, but for the many empty ones."""
-    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, CONTAINERS) and value}
+    held = {name: value for name, value in vars(module).items() if isinstance(value, CONTAINERS) and value}
+    # Not a dict's own copy(): DeepSpeed's dicts of parameters have none that works.
+    return {name: dict(value) if isinstance(value, dict) else value.copy() for name, value in held.items()}
 
 
 def _refill(attributes: dict[str, Any], contents: dict[str, Any]) -> None:

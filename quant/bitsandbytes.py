@@ -107,6 +107,11 @@ def _stored(module: nn.Module) -> Tensor:
     return weight.data
 
 
+_CAST = (
+    "the codes of a {} x {} weight in 4 bits must be {} bytes, got {}, as {}: they were cast, which FSDP's mixed "
+    "precision does to codes that are stored as floats of another dtype. Give bnb_4bit_quant_storage and "
+    "MixedPrecisionPolicy's param_dtype the same dtype"
+)
 _NOT_QUANTISED = (
     "a {} layer is not quantised yet: bitsandbytes quantises when the layer is moved to a device, "
     'so call model.to("cuda") (or "cpu") first'
@@ -146,9 +151,11 @@ def _of_state(stored: Tensor, state: Any) -> QuantizedWeight:
         inner = state.state2
         nested = NestedScales(inner.absmax, inner.code, state.offset, inner.blocksize)
     *rows, K = state.shape
-    data = _as_bytes(stored)
+    N, data = math.prod(rows), _as_bytes(stored)
+    if data.numel() != (N * K + 1) // 2:
+        raise ValueError(_CAST.format(N, K, (N * K + 1) // 2, data.numel(), stored.dtype))
     return QuantizedWeight(
-        data, state.absmax, state.code, (math.prod(rows), K), state.blocksize, state.quant_type, state.dtype, nested
+        data, state.absmax, state.code, (N, K), state.blocksize, state.quant_type, state.dtype, nested
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import PLAIN, is_plain
 from peft_fast.tuners.base_weight import base_weight, matmul_weight, why_not_embedding
-from peft_fast.tuners.lora.called import PLAIN, why_called
+from peft_fast.tuners.lora.called import why_called
 from peft_fast.tuners.lora.embedding import Embedding
 from peft_fast.tuners.lora.layer import Linear
 from peft_fast.tuners.lora.members import JOINING
@@ -117,7 +118,7 @@ def why_not_linear(layer: Any, x: Tensor | None = None) -> str | None:
     if reason := _why_not_adapters(layer, adapters):
         return reason
     weight = layer.product_weight()
-    if isinstance(weight, Tensor) and type(weight) not in PLAIN:
+    if isinstance(weight, Tensor) and not is_plain(weight):
         return f"the base weight is a {type(weight).__name__}"
     if x is not None and (type(x) not in PLAIN or not x.is_floating_point()):
         return f"the input is a {type(x).__name__} of {x.dtype}"
@@ -167,7 +168,7 @@ def why_not_lookup(layer: Any) -> str | None:
         if name in layer.input_fns or name in layer.output_fns:
             return f"{name!r} is sharded by tensor parallelism"
         for factor in (layer.lora_embedding_A[name], layer.lora_embedding_B[name]):
-            if type(factor) not in PLAIN or factor.dtype not in (torch.float32, base.weight.dtype):
+            if not is_plain(factor) or factor.dtype not in (torch.float32, base.weight.dtype):
                 return f"a factor of {name!r} is a {type(factor).__name__} of {factor.dtype}"
     return None
 

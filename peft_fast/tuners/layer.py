@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import refuse_sharded
 
 from ._buffer_dict import BufferDict
 from .base_weight import base_weight, can_hold, check_writable, clone, set_base_weight, set_quantized_weight
@@ -291,6 +292,8 @@ class BaseTunerLayer(AdapterHolder):
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         here = [name for name in wanted if name in self.available_adapters()]
         names = [name for name in here if name not in self.merged_adapters]
+        if names and self.is_kbit:
+            refuse_sharded(self.get_base_layer(), "merging into a k-bit weight")
         if names:
             check_writable(self.get_base_layer(), self.weight_name)
         for name in names:

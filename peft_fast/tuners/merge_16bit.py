@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from peft_fast import ops
 from peft_fast.quant import bitsandbytes
+from peft_fast.sharded import refuse_sharded
 from peft_fast.transaction import unchanged_on_error
 
 from .base_weight import HALF_DTYPES, check_writable, quantized_weight, set_base_weight
@@ -61,6 +62,7 @@ def _check(model: Any, dtype: torch.dtype) -> None:
             f"merge_to_16bit knows the k-bit layers of bitsandbytes and peft_fast, not those of {method}: call "
             "unload() and the model's own dequantize(), and load the adapter onto that"
         )
+    refuse_sharded(model, "merge_to_16bit")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("weights are on the meta device or offloaded: load the whole model onto one device")
     same = {module for pair in _tied_tokens(model) for module in pair}

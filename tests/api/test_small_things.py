@@ -1,6 +1,7 @@
 """Small things that code written for peft does, in both libraries: numbers, texts, names of arguments."""
 
 import dataclasses
+from collections import OrderedDict
 
 import numpy as np
 import peft
@@ -151,3 +152,26 @@ def test_a_loading_that_lacks_nothing_says_so(llama, tmp_path):
         model.save_pretrained(tmp_path)
         texts.append(repr(model.load_adapter(tmp_path, "other")))
     assert texts[0] == texts[1] == "<All keys matched successfully>"
+
+
+def test_dicts_that_cannot_be_copied():
+    """DeepSpeed's ZeRO-3 gives modules such dicts of parameters."""
+
+    class OfModule(OrderedDict):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = peft_fast.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft_fast.LoraConfig(target_modules=["0"]))
+    for module in model.modules():
+        held = OfModule(module)
+        held.update(module._parameters)
+        module._parameters = held
+    with pytest.raises(TypeError):
+        held.copy()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="no_such"):
+        model.add_adapter("other", peft_fast.LoraConfig(target_modules=["no_such"]))
+    assert list(model.state_dict()) == keys
+    model.add_adapter("other", peft_fast.LoraConfig(target_modules=["0"]))
+    assert len(model.state_dict()) == len(keys) + 2

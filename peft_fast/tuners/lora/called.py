@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import is_plain
 from peft_fast.tuners.base_weight import is_touched
-
-PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
 
 
 def why_called(layer: Any, adapters: Sequence[str]) -> str | None:
@@ -26,7 +25,7 @@ def why_called(layer: Any, adapters: Sequence[str]) -> str | None:
                 return f"a factor of {name!r} is a {type(factor).__name__}"
             if is_touched(factor):
                 return f"a factor of {name!r} has hooks or a forward of its own"
-            if type(factor.weight) not in PLAIN:
+            if not is_plain(factor.weight):
                 return f"a factor of {name!r} is a {type(factor.weight).__name__}"
         dropout = layer.lora_dropout._modules[name]
         if type(dropout) not in (nn.Identity, nn.Dropout) or is_touched(dropout):

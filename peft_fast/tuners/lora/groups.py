@@ -255,6 +255,17 @@ def choice(parent: nn.Module) -> Choice | None:
     routes, reasons = [], []
     for names, layers in zip(siblings.groups, siblings.layers(parent)):
         found = siblings.off or plan(layers, None)
-        routes.append("layers" if isinstance(found, str) else "group")
-        reasons.append(f"{', '.join(names)} share their input: {found if isinstance(found, str) else 'one op'}")
+        children = {name: parent._modules.get(name) for name in names}
+        strange = [
+            f"{name} is a {type(child).__name__}" for name, child in children.items() if type(child) not in JOINING
+        ]
+        if isinstance(found, str):
+            routes.append("layers")
+            because = found if siblings.off or len(layers) > 1 or not strange else ", ".join(strange)
+        else:
+            routes.append("group")
+            members = [member.layer for member in found[0]]
+            called = [name for name, child in children.items() if all(child is not layer for layer in members)]
+            because = f"one op; {', '.join(called)} must be called" if called else "one op"
+        reasons.append(f"{', '.join(names)} share their input: {because}")
     return Choice("lora_group", max(routes, default="layers"), "; ".join(reasons))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import PLAIN, is_plain
 from peft_fast.tuners.base_weight import is_touched, matmul_weight
 
 from .bnb import Linear4bit, Linear8bitLt
-from .called import PLAIN, why_called
+from .called import why_called
 from .layer import Linear, LoraLayer
 
 # Classes of LoRA layers that an op may stand for, and why not for one of their layers: integrations/peft_layers.py adds
@@ -57,7 +58,7 @@ def member(layer: Any) -> Member | str:
     weight = matmul_weight(base)
     if weight is None:
         return f"must be called: its base layer, a {type(base).__name__}, has hooks or a forward of its own"
-    if isinstance(weight, Tensor) and (type(weight) not in PLAIN or weight.requires_grad):
+    if isinstance(weight, Tensor) and (not is_plain(weight) or weight.requires_grad):
         return f"has a weight that is {'trained' if weight.requires_grad else f'a {type(weight).__name__}'}"
     if layer is base and isinstance(weight, QuantizedWeight) and weight.bits == 8:
         return "has no adapter and multiplies in 8 bits"

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.tuners.base_weight import is_touched
 
-PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
+# Not DTensor and other subclasses, whose products are their own. A FakeTensor stands for a plain one (memory.py).
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 def why_called(layer: Any, adapters: Sequence[str]) -> str | None:

@@ -36,7 +36,9 @@ def _four_bits(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     N, K = linear.weight.shape
     layer: Any = bnb.nn.Linear4bit(K, N, linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
     blocks = -(-N * K // BLOCK)
-    inner = QuantState(absmax=torch.empty(-(-blocks // NESTED)), blocksize=NESTED, code=torch.empty(256), dtype=torch.float32)
+    inner = QuantState(
+        absmax=torch.empty(-(-blocks // NESTED)), blocksize=NESTED, code=torch.empty(256), dtype=torch.float32
+    )
     layer.quant_state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8), shape=torch.Size((N, K)), code=torch.empty(16), blocksize=BLOCK,
         quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=inner,

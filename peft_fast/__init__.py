@@ -31,6 +31,7 @@ from .mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
+from .memory import MemoryEstimate, estimate_memory
 from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
@@ -97,7 +98,15 @@ from .tuners.cartridge.utils import (
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
-from .tuners.lora import LoftQConfig, LoraGAConfig, LoraRuntimeConfig, preprocess_loraga, set_lora_groups, set_lora_mlp
+from .tuners.lora import (
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    preprocess_loraga,
+    set_lora_groups,
+    set_lora_mlp,
+    set_recompute,
+)
 from .utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     bloom_model_postprocess_past_key_value,
@@ -150,6 +159,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MemoryEstimate",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
@@ -192,6 +202,7 @@ __all__ = [
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "compose_cartridge_adapters",
+    "estimate_memory",
     "explain",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
@@ -215,6 +226,7 @@ __all__ = [
     "set_lora_groups",
     "set_lora_mlp",
     "set_peft_model_state_dict",
+    "set_recompute",
     "shift_tokens_right",
     "use_backend",
 ]

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .dispatch import TritonUnsupported
+from .dispatch import Choice, TritonUnsupported
 from .integrations.peft_layers import Accelerated, is_peft_layer, why_peft
 from .quant.weight import QuantizedWeight
 from .tuners.layer import BaseTunerLayer
-from .tuners.lora import groups, mlp
+from .tuners.lora import groups, mlp, norms
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
                  "added" where the base layer is called, "copy" where a trained copy of it is, "sum" where torch
                  multiplies by the sum of weight and adapter.
                  Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called;
-                 of layers that share their input: "group" or "layers"
+                 of layers that share their input: "group" or "layers"; of norms, after set_recompute(norms=True):
+                 "recompute" where their input alone is kept, else "layers"
     because      the reason for that route
 
     What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
@@ -59,6 +60,7 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     tokens=1, which is what generating does.
     """
     rows = []
+    asked = any(isinstance(module, norms.RecomputingNorm) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, Accelerated)):
             layer: Any = module
@@ -70,13 +72,19 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
             rows.append(Row(name, describe(layer.base_weight()), route, because))
         elif is_peft_layer(module):
             rows.append(Row(name, "", "peft", why_peft(module)))
-        elif of_several := [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]:
+        elif of_several := _of_several(module, asked):
             because = "; ".join(choice.because for choice in of_several)
             rows.append(Row(name, "", of_several[-1].route, because))
     explanation = Explanation(tuple(rows))
     if show:
         print(explanation)
     return explanation
+
+
+def _of_several(module: nn.Module, norms_asked: bool) -> list[Choice]:
+    """What modules do that are no adapted layers but run some, or stand before them."""
+    found = (mlp.choice(module), groups.choice(module), norms.choice(module, norms_asked))
+    return [choice for choice in found if choice is not None]
 
 
 def describe(weight: Tensor | QuantizedWeight) -> str:

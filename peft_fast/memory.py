@@ -7,11 +7,10 @@ allocator adds (blocks of 512 bytes on a GPU, fragments) is not, nor are workspa
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +28,30 @@ UNMASKED = "peft_fast_unmasked_sdpa"
 Step = Callable[[Any, Tensor], Tensor]  # (model, ids [batch, tokens]) -> the loss
 
 
+class Kept(NamedTuple):
+    """A storage, by the first tensor that was seen of it."""
+
+    part: str  # of the model, that made it
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one forward and backward takes beside the model and the optimiser."""
+    """What one forward and backward takes beside the model and the optimiser."""
 
-    kept: Counter[str]  # for the backward, when the forward is through, by the part of the model that made it
-    peak: int  # the most at one time, `kept` and the gradients of what is trained among it
+    kept: tuple[Kept, ...]  # what is there for the backward when the forward is through
+    peak: int  # the most bytes at one time, those of `kept` and the gradients of what is trained among them
+
+    def of(self, part: str) -> int:
+        """Bytes kept by a part of the model: "embedding" (what comes before the first layer), "layer 0", "layer 1",
+        ..., "head" (output embedding, logits, loss)."""
+        return sum(each.nbytes for each in self.kept if each.part == part)
 
     @property
-    def activations(self) -> int:
-        """What the layers keep; the logits and the loss are `head`."""
-        return self.kept.total() - self.head
-
-    @property
-    def head(self) -> int:
-        return self.kept["head"]
+    def total(self) -> int:
+        return sum(each.nbytes for each in self.kept)
 
 
 @dataclass(frozen=True)
@@ -109,18 +117,16 @@ def estimate_memory(
         adapter=adapter,
         gradients=adapter,
         optimizer_states=sum(weight.numel() for weight in trained) * STATE_BYTES[optimizer],
-        activations=found.activations,
-        logits=found.head,
-        working_space=max(0, found.peak - found.kept.total() - adapter),
+        activations=found.total - found.of("head"),
+        logits=found.of("head"),
+        working_space=max(0, found.peak - found.total - adapter),
     )
 
 
 def step_memory(
     model: Any, batch_size: int, sequence_length: int, *, autocast: torch.dtype | None = None, step: Step | None = None
 ) -> StepMemory:
-    """One forward and backward of `model`, see estimate_memory. `kept` is by "embedding" (what comes before the first
-    layer), "layer 0", "layer 1", ..., and "head" (output embedding, logits, loss); for a model whose layers cannot be
-    told apart by "embedding" and "head"."""
+    """One forward and backward of `model`; arguments and errors are estimate_memory's."""
     if any(weight.device.type not in ("cpu", "meta") for weight in model.parameters()):
         raise ValueError("the model is on a GPU, whose kernels need data: estimate it before it is moved there")
     step = step or _causal_loss
@@ -134,7 +140,7 @@ def step_memory(
         with ledger:
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = step(model, ids)
-            kept = ledger.by_part()
+            kept = tuple(each for each, _ in ledger.live.values())
             ledger.part = "backward"
             loss.backward()
     return StepMemory(kept, ledger.most)
@@ -158,7 +164,7 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[int, tuple[str, int, weakref.ref]] = {}  # by storage
+        self.live: dict[int, tuple[Kept, weakref.ref]] = {}  # by storage
         self.ignored: dict[int, Any] = {}
         self.part = "embedding"
         self.now = self.most = 0
@@ -167,12 +173,6 @@ class _Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self.ignored[storage._cdata] = storage  # held: another one would get its address
 
-    def by_part(self) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for part, size, _ in self.live.values():
-            found[part] += size
-        return found
-
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -180,9 +180,10 @@ class _Ledger(TorchDispatchMode):
             return
 
         def ended(_: weakref.ref, key: int = key) -> None:
-            self.now -= self.live.pop(key)[1]
+            self.now -= self.live.pop(key)[0].nbytes
 
-        self.live[key] = (self.part, storage.nbytes(), weakref.ref(storage, ended))
+        new = Kept(self.part, tuple(tensor.shape), tensor.dtype, storage.nbytes())
+        self.live[key] = (new, weakref.ref(storage, ended))
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
 

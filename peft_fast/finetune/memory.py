@@ -81,7 +81,9 @@ def _as_trained(model: Any, options: Options) -> Iterator[None]:
     model.train()
     if options.gradient_checkpointing:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # of the methods' names, on transformers' way to 6
+            warnings.filterwarnings(
+                "ignore", category=FutureWarning
+            )  # of the methods' names, on transformers' way to 6
             model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield

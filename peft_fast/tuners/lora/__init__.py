@@ -10,6 +10,7 @@ from .loraga import preprocess_loraga
 from .mlp import set_lora_mlp
 from .model import LoraModel
 from .param_wrapper import ParamWrapper
+from .recompute import set_recompute
 from .subconfigs import CordaConfig, LoftQConfig, LoraGAConfig
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "preprocess_loraga",
     "set_lora_groups",
     "set_lora_mlp",
+    "set_recompute",
 ]

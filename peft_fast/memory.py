@@ -233,18 +233,21 @@ def _parts(model: Any, ledger: _Ledger) -> Iterator[None]:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The blocks of a transformer: the list of modules that is as long as its config says; none where none is."""
-    config = getattr(model, "config", None)
-    count = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "num_hidden_layers", 0)
+    count = getattr(_text_config(model), "num_hidden_layers", 0)
     found = (list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return next(found, [])
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager
 def _without_mask(model: Any, tokens: int) -> Iterator[None]:
     """Within, models of transformers leave the causal mask to torch's attention, as they do when they train: they look
     into their position ids for packed sequences, and where these have no data they make a mask to be sure."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    config = _text_config(model)
     window = getattr(config, "sliding_window", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or (window is not None and window <= tokens):
         yield

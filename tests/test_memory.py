@@ -1,4 +1,4 @@
-"""The memory of a step as peft_fast/memory.py calculates it, beside what torch's profiler measures; and bench/memory.py,
+"""The memory of a step as peft_fast/memory.py calculates it, beside what torch's profiler measures; bench/memory.py,
 which asks it about models of published shapes."""
 
 import copy

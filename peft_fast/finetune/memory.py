@@ -79,18 +79,16 @@ def _as_trained(model: Any, options: Options) -> Iterator[None]:
     """Within, the model is in the mode and has the checkpoints that Trainer will give it."""
     training = model.training
     model.train()
-    if options.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", category=FutureWarning
-            )  # of the methods' names, on transformers' way to 6
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.train(training)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of the methods' names
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.train(training)
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
 
 
 def _measured(model: Any, options: Options, longest_row: int) -> MemoryEstimate:
@@ -169,7 +167,11 @@ def available_bytes(device: torch.device) -> int:
 def advice(options: Options, estimate: Estimate | None) -> str:
     """Options to lower, the largest saving first, with about how much each saves where there is an estimate."""
     base, states, activations = (
-        (estimate.base_weights, estimate.optimizer_states, estimate.activations + estimate.working_space)
+        (
+            estimate.base_weights,
+            estimate.optimizer_states,
+            estimate.activations + estimate.logits + estimate.working_space,
+        )
         if estimate
         else (0, 0, 0)
     )
@@ -182,6 +184,8 @@ def advice(options: Options, estimate: Estimate | None) -> str:
         ways.append((saved, f"--batch-size {half} --gradient-accumulation {twice} (the same training)"))
     if not options.gradient_checkpointing:
         ways.append((activations * 7 // 10, "--gradient-checkpointing (about a third slower)"))
+        if set(options.recompute) != {"norms", "mlps"}:
+            ways.append((activations * 6 // 10, "--recompute norms mlps (about a fifth slower)"))
     if options.sequence_length > 256:
         ways.append((activations // 2, f"--sequence-length {options.sequence_length // 2}"))
     if torch.cuda.is_available() and options.optimizer == "adamw":

@@ -44,9 +44,9 @@ def rows(model):
     return {row.name: (row.route, row.because) for row in peft_fast.explain(model, show=False).rows}
 
 
-@pytest.mark.parametrize("norms, mlps", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("norms", "mlps"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Gemma2Config])
-@pytest.mark.parametrize("four_bits, p, autocast", [(False, 0.1, False), (True, 0.0, True)])
+@pytest.mark.parametrize(("four_bits", "p", "autocast"), [(False, 0.1, False), (True, 0.0, True)])
 def test_the_same_model(config, norms, mlps, four_bits, p, autocast):
     dtype = torch.bfloat16 if autocast else torch.float32
     model = adapted(config, dtype, four_bits=four_bits, lora_dropout=p)

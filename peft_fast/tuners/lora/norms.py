@@ -70,7 +70,8 @@ def kind_of(module: Any) -> Kind | str:
         return "it has not one weight, a vector"
     if not any(hasattr(module, name) for name in EPS):
         return f"it has none of {', '.join(EPS)}"
-    return _kind_of_class(type(module)) or f"{type(module).__name__} computes something else than ops.rms_norm"
+    cls: Any = type(module)
+    return _kind_of_class(cls) or f"{type(module).__name__} computes something else than ops.rms_norm"
 
 
 @functools.cache
@@ -106,7 +107,8 @@ def recompute_norms(model: nn.Module) -> tuple[int, dict[str, str]]:
         elif looks_like_one(module):
             kind = kind_of(module)
             if kind in KINDS:
-                module.__class__ = norm_class(type(module), kind)
+                cls: Any = type(module)
+                module.__class__ = norm_class(cls, kind)
                 found += 1
             else:
                 refused[name] = kind

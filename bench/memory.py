@@ -11,10 +11,12 @@ bf16 autocast. Sizes are a CPU's: a GPU's kernels need less working space here a
 
 import argparse
 import copy
+import csv
 import dataclasses
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ import peft_fast
 from bench.compare.models import config_of
 from bench.compare.options import SHAPES
 from bench.fake import meta_model, without_data
+from bench.harness import RESULTS
 from bench.memory_saved import GpuDropout
 from peft_fast.memory import MIB, STATE_BYTES, Kept, MemoryEstimate, estimate_memory, step_memory
 
@@ -161,24 +164,34 @@ def print_tensors(recipe: Recipe, tokens: int, ways: tuple[Way, ...]) -> None:
             print(f"  {count * each.nbytes / everything:10,.0f}  {count} x {list(each.shape)} {dtype}")
 
 
-def longest_rows(shapes: tuple[str, ...], limit: int, recipe: Recipe, ways: tuple[Way, ...]) -> list[dict[str, Any]]:
-    """One row a shape and way: bytes a token and layer, and the longest row of tokens."""
-    rows = []
+def longest_rows(
+    shapes: tuple[str, ...], limit: int, recipe: Recipe, ways: tuple[Way, ...], at: tuple[int, int] = (1024, 2048)
+) -> Iterator[dict[str, Any]]:
+    """One row a shape and way: bytes a token and layer, and the longest row of tokens with all logits and without."""
     for shape in shapes:
-        of_shape = dataclasses.replace(recipe, config=_config(shape))
         for way in ways:
-            calculated = Calculated(way, of_shape)
-            row = {
-                "model": shape,
-                "way": way.name,
-                "bytes_per_token_and_layer": round(bytes_per_token(calculated, 1024)),
-            }
-            rows.append(row | {"longest": calculated.longest(limit - RESERVED)})
-            print(
-                f"{shape:14}{way.name:38}{rows[-1]['bytes_per_token_and_layer']:10,}{rows[-1]['longest']:12,}",
-                flush=True,
-            )
-    return rows
+            calculated = Calculated(way, dataclasses.replace(recipe, config=_config(shape)))
+            row = {"model": shape, "way": way.name, "limit_gib": limit / GIB, "rank": recipe.rank, "bits": recipe.bits}
+            row["bytes_per_token_and_layer"] = round(bytes_per_token(calculated, at[0]))
+            for name, chunked in (("longest", False), ("longest_chunked_loss", True)):
+                calculated.recipe = dataclasses.replace(calculated.recipe, chunked_loss=chunked)
+                row[name] = calculated.longest(limit - RESERVED, at)
+            yield row
+
+
+def print_longest(limit: int, recipe: Recipe, ways: tuple[Way, ...], path: Path) -> None:
+    """And write them down: this file is made anew."""
+    print(f"{'':52}{'layer, B/token':>15}{'longest row':>13}{'chunked loss':>13}")
+    rows = []
+    for row in longest_rows(PUBLISHED, limit, recipe, ways):
+        rows.append(row)
+        numbers = (f"{row[name]:13,}" for name in ("longest", "longest_chunked_loss"))
+        print(f"{row['model']:14}{row['way']:38}{row['bytes_per_token_and_layer']:15,}", *numbers, sep="", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _config(model: str) -> PretrainedConfig:
@@ -200,6 +213,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tensors", action="store_true", help="what a layer keeps, tensor by tensor")
     add("--longest", action="store_true", help=f"the longest sequence within --limit, of {', '.join(PUBLISHED)}")
     add("--limit", type=float, default=24, help="GiB of the card, of which one is not for tensors (default: 24)")
+    add("--results", type=Path, default=RESULTS, help="folder of longest.csv (default: %(default)s)")
     given = parser.parse_args(arguments)
     if given.model not in SHAPES and not Path(given.model, "config.json").is_file():
         parser.error(f"--model must be a directory or one of {', '.join(SHAPES)}, got {given.model!r}")
@@ -220,8 +234,7 @@ def main() -> int:
         given.chunked_loss,
     )  # fmt: skip
     if given.longest:
-        print(f"{'':52}{'B/token,':>10}{'longest':>12}\n{'':52}{'layer':>10}{'sequence':>12}")
-        longest_rows(PUBLISHED, int(given.limit * GIB), recipe, ways)
+        print_longest(int(given.limit * GIB), recipe, ways, given.results / "longest.csv")
     elif given.tensors:
         print_tensors(recipe, given.seq_len, ways)
     else:

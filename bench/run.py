@@ -1,10 +1,9 @@
-"""All benchmarks of this machine: a table on the screen, rows appended to bench/results/<device>.csv, and its picture.
+"""All benchmarks of this machine: a table, rows appended to bench/results/<device>/ops.csv, and its picture beside it.
 
 python -m bench.run [--only lora] [--rounds 21]
 """
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -21,8 +20,8 @@ from bench import (
     bench_mixed_batch,
     bench_qlora_step,
 )
-from bench.harness import RESULTS, ROUNDS, append, device_name, measure, table
-from bench.plot import plot
+from bench.harness import RESULTS, ROUNDS, append, device_name, folder_of, measure, table
+from bench.plot import plot, ratios
 
 MODULES = (
     bench_dequantize, bench_lora_linear, bench_dora, bench_decode, bench_mixed_batch, bench_layer, bench_qlora_step,
@@ -54,9 +53,12 @@ def main() -> int:
     print(device_name(device))
     print(table(rows))
     if not options.no_csv:
-        path = options.results / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv")
+        if not rows:
+            print("no case was run", file=sys.stderr)
+            return 1
+        path = folder_of(device, options.results) / "ops.csv"
         append(rows, path)
-        print(f"rows appended to {path}, drawn in {plot(path)}")
+        print(f"rows appended to {path}, drawn in {plot(path)}" if ratios(path) else f"rows appended to {path}")
     return 0
 
 

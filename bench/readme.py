@@ -1,4 +1,4 @@
-"""The measured tables of README.md, made from the CSVs under bench/results.
+"""The measured tables of README.md and bench/results/README.md, made from the CSVs under bench/results.
 
     python -m bench.readme            writes them
     python -m bench.readme --check    says, by its exit status, whether they are up to date
@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.harness import RESULTS
 from bench.plot import ratios
 
-README = RESULTS.parents[1] / "README.md"
+FILES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
 MARKED = re.compile(r"(<!-- bench\.readme: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -57,21 +57,27 @@ def compare(results: Path) -> str:
     return _table(head, cells, 3)
 
 
+NUMBERS = ("bytes_per_token_and_layer", "longest", "longest_chunked_loss")
+
+
 def longest(results: Path) -> str:
-    """What bench.memory has calculated for the published shapes."""
+    """What bench.memory has calculated for the published shapes: a line a way, two columns a model."""
     path = results / "longest.csv"
     if not path.exists():
         return "Nothing calculated yet: `python -m bench.memory --longest`.\n"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    head = ("model, 4 bits, r=16", "", "bytes a token and layer", "longest row in 24 GiB", "with a chunked loss")
-    cells = (
-        (row["model"], row["way"], *(f"{int(row[name]):,}" for name in NUMBERS)) for row in rows
-    )  # fmt: skip
-    return _table(head, cells, 2)
-
-
-NUMBERS = ("bytes_per_token_and_layer", "longest", "longest_chunked_loss")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["way"], row["model"]): row for row in rows}
+    cells = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        line = [way]
+        for model in models:
+            row = {name: f"{int(found[way, model][name]):,}" for name in NUMBERS}
+            line += [row[NUMBERS[0]], f"{row[NUMBERS[1]]} / {row[NUMBERS[2]]}"]
+        cells.append(tuple(line))
+    head = ["", *(text for model in models for text in (f"{model}: bytes", "longest / chunked"))]
+    return _table(tuple(head), cells, 1)
 
 
 def tried(results: Path) -> str:
@@ -133,13 +139,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    text = README.read_text()
-    new = filled(text, given.results)
+    texts = {path: path.read_text() for path in FILES}
+    new = {path: filled(text, given.results) for path, text in texts.items()}
+    changed = [path for path in FILES if new[path] != texts[path]]
     if given.check:
-        print("up to date" if new == text else "README.md differs from bench/results: python -m bench.readme")
-        return int(new != text)
-    README.write_text(new)
-    print(f"wrote {README}")
+        for path in changed:
+            print(f"{path} differs from the files under {given.results}: python -m bench.readme")
+        return int(bool(changed))
+    for path in changed:
+        path.write_text(new[path])
+        print(f"wrote {path}")
     return 0
 
 

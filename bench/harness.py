@@ -72,11 +72,11 @@ def _git(*args: str) -> str:
 
 
 def _loaded() -> str:
-    """The commit of the code that runs, with a + where it was changed since. PEFT_FAST_SHA says it where the code is a
-    copy without git."""
+    """The commit of the code that runs, with a + where it was changed since; results and pages are no code.
+    PEFT_FAST_SHA says it where the code is a copy without git."""
     if told := os.environ.get("PEFT_FAST_SHA"):
         return told
-    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md") else "")
 
 
 LOADED = _loaded()

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import datetime
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -185,20 +186,39 @@ def _scope_of(name: str, module: nn.Module, model: Any) -> str | None:
     return "LoRA" if type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "lora_A") else None
 
 
-def profiled(provider: str, options: Options, steps: int) -> dict[str, float]:
-    """{category: ms a step} of a library."""
-    training = Training(provider, options)
-    for _ in range(2):
-        training.step()
-    on_gpu = training.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with scopes(training.model), profile(activities=activities, record_shapes=True) as record:
-        for _ in range(steps):
+class Profiled:
+    """A library that trains, a step of its traced at a time."""
+
+    def __init__(self, provider: str, options: Options) -> None:
+        self.training = Training(provider, options)
+        vocabulary = self.training.model.get_base_model().config.get_text_config().vocab_size
+        self.sizes = Sizes(options.rank, vocabulary)
+        self.steps: list[dict[str, float]] = []
+        for _ in range(2):
+            self.training.step()
+
+    def step(self) -> None:
+        on_gpu = self.training.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with scopes(self.training.model), profile(activities=activities, record_shapes=True) as record:
             with record_function(STEP):
-                training.step()
-    sizes = Sizes(options.rank, training.model.get_base_model().config.get_text_config().vocab_size)
-    pieces, total = pieces_of(record.events())
-    return {name: us / 1e3 / steps for name, us in attribute(pieces, sizes, total).items()}
+                self.training.step()
+        pieces, total = pieces_of(record.events())
+        self.steps.append(attribute(pieces, self.sizes, total))
+
+    def times(self) -> dict[str, float]:
+        """{category: ms}, the median over the steps."""
+        return {name: statistics.median(step[name] for step in self.steps) / 1e3 for name in CATEGORIES}
+
+
+def profiled(wanted: dict[str, tuple[str, Options]], steps: int) -> dict[str, dict[str, float]]:
+    """{name: {category: ms a step}} for {name: (library, options)}; they take their steps in turn, so that a machine
+    that slows down slows all of them."""
+    made = {name: Profiled(*each) for name, each in wanted.items()}
+    for _ in range(steps):
+        for each in made.values():
+            each.step()
+    return {name: each.times() for name, each in made.items()}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -250,7 +270,7 @@ def plot(found: dict[str, dict[str, float]], title: str, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profiled-steps", type=int, default=3, help="that the trace has (default: %(default)s)")
+    parser.add_argument("--profiled-steps", type=int, default=7, help="of each (default: %(default)s)")
     own, rest = parser.parse_known_args()
     options, providers, results = parse(rest)
     if options.tokens <= 3 * options.rank:
@@ -258,12 +278,10 @@ def main() -> int:
             f"LoRA's products are known by the rank: more than {3 * options.rank} tokens, got {options.tokens}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, dict[str, float]] = {}
-    for provider in providers:
-        found[provider] = profiled(provider, options, own.profiled_steps)
-    if options.recompute == () and "peft_fast" in providers:
-        again = dataclasses.replace(options, recompute=("norms",))
-        found["ours, norms recomputed"] = profiled("peft_fast", again, own.profiled_steps)
+    wanted = {provider: (provider, options) for provider in providers}
+    if not options.recompute and "peft_fast" in providers:
+        wanted["ours, norms recomputed"] = ("peft_fast", dataclasses.replace(options, recompute=("norms",)))
+    found = profiled(wanted, own.profiled_steps)
     print(f"{options}\non {device_name(device)}\n{table(found)}")
     folder = folder_of(device, results)
     append(found, options, device, folder / "profile.csv")

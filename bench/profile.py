@@ -113,11 +113,8 @@ def attribute(pieces: Iterable[Piece], sizes: Sizes, total_us: float) -> dict[st
 
 def pieces_of(events: Any) -> tuple[list[Piece], float]:
     """(the pieces within STEP, its us) of torch.profiler's events. On a GPU us of kernels, on a CPU of ops."""
-    forwards = {
-        event.sequence_nr: event
-        for event in reversed(list(events))  # the outermost that has the number comes first in time: it stays
-        if event.sequence_nr >= 0 and not _is_backward(event) and event.name.startswith(("aten::", "_", "peft", "bits"))
-    }
+    # An op that makes no node has the number of the next node: the last op with a number is the one that made it.
+    forwards = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _is_backward(event)}
     found, total, on_gpu = [], 0.0, any(event.kernels for event in events)
     for event in events:
         if event.name == STEP and event.device_type == torch.autograd.DeviceType.CPU:
@@ -200,9 +197,9 @@ class Profiled:
     def step(self) -> None:
         on_gpu = self.training.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with scopes(self.training.model), profile(activities=activities, record_shapes=True) as record:
-            with record_function(STEP):
-                self.training.step()
+        traced = profile(activities=activities, record_shapes=True)
+        with scopes(self.training.model), traced as record, record_function(STEP):
+            self.training.step()
         pieces, total = pieces_of(record.events())
         self.steps.append(attribute(pieces, self.sizes, total))
 

@@ -131,7 +131,8 @@ def pieces_of(events: Any) -> tuple[list[Piece], float]:
 
 
 def _is_backward(event: Any) -> bool:
-    return event.scope == 1  # RecordScope::BACKWARD_FUNCTION
+    """A node, or what the engine does around one, as summing gradients: both have the number of its forward."""
+    return event.scope == 1 or event.name.startswith("autograd::engine")  # RecordScope::BACKWARD_FUNCTION
 
 
 def _chain(event: Any, forwards: dict[int, Any]) -> tuple[str, ...]:

@@ -85,10 +85,21 @@ def trace(**of_mul):
     step = event(STEP)
     scope = event(f"{SCOPE}norms", parent=step)
     forward = event("aten::pow", 3.0, scope, number=7)
-    node = event("autograd::engine::evaluate_function: PowBackward0", 1.0, step, number=7, scope=1)
-    backward = event("aten::mul", 5.0, node, **of_mul)
+    engine = event("autograd::engine::evaluate_function: PowBackward0", 1.0, step, number=7)
+    node = event("PowBackward0", 1.0, engine, number=7, scope=1)
+    backward, summed = event("aten::mul", 4.0, node, **of_mul), event("aten::add_", 1.0, engine)
     before = event("aten::ones", 0.0, event(f"{SCOPE}attention", parent=step), number=7)  # makes no node itself
-    return [step, before, scope, forward, node, backward, event("aten::mul", 50.0)]  # the last is outside of the step
+    return [
+        step,
+        before,
+        scope,
+        forward,
+        engine,
+        node,
+        backward,
+        summed,
+        event("aten::mul", 50.0),
+    ]  # the last is outside of the step
 
 
 def test_a_backward_is_where_its_forward_is():

@@ -11,7 +11,7 @@ ready = $(if $(filter .venv/bin/python,$(PY)),.venv/ready-$(1))
 # Two workers, one thread each: the tests' matrices are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help finetune test test-all check lint types format compile bench compare bench-pytest gpu clean
+.PHONY: help finetune test test-all check lint types format compile bench compare bench-pytest gpu gpu-all memory profile clean
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
@@ -32,10 +32,10 @@ test: $(call ready,test) ## the tests, without the slow matrices
 test-all: $(call ready,test) ## every test that runs without a GPU
 	TRITON_INTERPRET=1 $(PYTEST) -m kernel $(ARGS)
 	$(PYTEST) $(ARGS)
-gpu: $(call ready,test) ## on a GPU: the correctness suite compiled, then the benchmarks
-	$(PY) -m pytest -m "kernel or gpu" $(ARGS)
-	$(PY) -m bench.run
-	$(PY) -m bench.crossover
+gpu: $(call ready,test) ## on a GPU, in 8 minutes: tests compiled, benchmarks, comparison; ARGS=--rehearse: on a CPU
+	@$(PY) -m bench.gpu $(ARGS)
+gpu-all: $(call ready,test) ## the same without limits: the whole correctness suite, every case
+	@$(PY) -m bench.gpu --all $(ARGS)
 
 compile: $(call ready,test) ## compile every kernel for every GPU: registers, spills, shared memory
 	@$(PY) -m bench.compile $(ARGS)
@@ -43,6 +43,10 @@ bench: $(call ready,test) ## benchmarks on this machine: a table, and rows and a
 	@$(PY) -m bench.run $(ARGS)
 compare: $(call ready,test) ## a training step beside peft's and Unsloth's: speed, memory, losses
 	@$(PY) -m bench.compare $(ARGS)
+memory: $(call ready,test) ## the memory of a training step, calculated: ARGS="--model llama-3-8b --seq-len 2048"
+	@$(PY) -m bench.memory $(ARGS)
+profile: $(call ready,test) ## where the time of a training step goes, peft's and ours
+	@$(PY) -m bench.profile $(ARGS)
 bench-pytest: $(call ready,test) ## the same cases under pytest-benchmark, which keeps and compares runs
 	$(PY) -m pytest bench/test_bench.py --benchmark-columns=min,median,stddev,rounds $(ARGS)
 

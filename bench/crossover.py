@@ -3,14 +3,15 @@
     python -m bench.crossover [--shapes 4096x4096,14336x4096] [--rounds 21]
 
 For each weight [N, K] and number of tokens M, forward and dx: our fused kernel, bitsandbytes' fused kernel (forward),
-and dequantise + cuBLAS. Rows are appended to bench/results/crossover.csv; the summary is what ops/table.py wants to
-know.
+and dequantise + cuBLAS. Rows are appended to bench/results/<device>/crossover.csv; the summary is what ops/table.py
+wants to know.
 Needs a GPU: on a CPU nothing is ever fused.
 """
 
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench.harness import RESULTS, ROUNDS, Case, Row, append, device_name, measure, table
+from bench.harness import RESULTS, ROUNDS, Case, Row, append, device_name, folder_of, measure, table
+from peft_fast.dispatch import interpreting, use_backend
 from peft_fast.kernels import reference
 from peft_fast.quant import bitsandbytes_kernels, blockwise, int8
 from peft_fast.testing import relative_error
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-CSV = RESULTS / "crossover.csv"
 
 
 def case(N: int, K: int, M: int, kind: str, dtype: torch.dtype, device: torch.device, dx: bool) -> Case:
@@ -66,24 +67,47 @@ def crossovers(rows: list[Row]) -> list[str]:
     return found
 
 
+def rehearse() -> int:
+    """What `main` does, gate and summary included, of one shape in fp32: times mean nothing there."""
+    if not interpreting():
+        print("--rehearse needs Triton's interpreter: TRITON_INTERPRET=1 python -m bench.crossover", file=sys.stderr)
+        return 2
+    cpu = torch.device("cpu")
+    with use_backend("triton"):
+        rows = [
+            row
+            for dx, M in itertools.product((False, True), (1, 16))
+            for row in measure(case(32, 64, M, "nf4", torch.float32, cpu, dx), cpu, 1)
+        ]
+    print(table(rows))
+    print("\n".join(crossovers(rows)))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="4096x4096,1024x4096,14336x4096,4096x14336", help="N x K, comma separated")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=0, help="begin no case after this time (default: run all)")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rehearse", action="store_true", help="one small case in Triton's interpreter, on the CPU")
     options = parser.parse_args()
+    if options.rehearse:
+        return rehearse()
     if not torch.cuda.is_available():
         print("the crossover is a property of a GPU, and there is none here", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     rows: list[Row] = []
-    for N, K in tqdm(shapes, unit="shape"):
-        for kind, dx, M in itertools.product(("nf4", "int8"), (False, True), TOKENS):
+    start = time.perf_counter()
+    for (N, K), kind, dx, M in tqdm(list(itertools.product(shapes, ("nf4", "int8"), (False, True), TOKENS))):
+        if not options.seconds or time.perf_counter() - start < options.seconds:
             rows += measure(case(N, K, M, kind, torch.bfloat16, device, dx), device, options.rounds)
     print(device_name(device))
     print(table(rows))
     print("\n".join(crossovers(rows)))
-    append(rows, Path(CSV))
+    append(rows, folder_of(device, options.results) / "crossover.csv")
     return 0
 
 

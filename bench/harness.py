@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -34,6 +35,7 @@ class Case:
     passes: str  # "forward", "forward+backward"
     providers: dict[str, Callable[[], object]]
     gate: Callable[[], None]  # raises AssertionError where a provider of ours is wrong
+    host: bool = False  # the time until the host is free again; on a GPU its work may go on
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,17 @@ def _git(*args: str) -> str:
     return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
-LOADED = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")  # the code that runs
+def _loaded() -> str:
+    """The commit of the code that runs, with a + where it was changed since; results and pages are no code.
+    PEFT_FAST_SHA says it where the code is a copy without git."""
+    if told := os.environ.get("PEFT_FAST_SHA"):
+        return told
+    return _git("rev-parse", "--short", "HEAD") + (
+        "+" if _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md") else ""
+    )
+
+
+LOADED = _loaded()
 
 
 def device_name(device: torch.device) -> str:
@@ -80,11 +92,19 @@ def device_name(device: torch.device) -> str:
     return f"{model} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that runs another and returns milliseconds; on a GPU with a cold L2 and by its own clock."""
-    if device.type != "cuda":
+def folder_of(device: torch.device, results: Path = RESULTS) -> Path:
+    """Where the files of this device are: results/<its name in lower case, with dashes>."""
+    return results / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _timer(device: torch.device, host: bool = False) -> Callable[[Callable[[], object]], float]:
+    """A function that runs another and returns milliseconds; on a GPU with a cold L2 and by its own clock, or the
+    host's."""
+    if device.type != "cuda" or host:
 
         def on_cpu(run: Callable[[], object]) -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e3
@@ -109,7 +129,7 @@ def measure(case: Case, device: torch.device, rounds: int = ROUNDS) -> Iterator[
     case.gate()
     baseline = next(iter(case.providers))
     runs = {**case.providers, baseline + AGAIN: case.providers[baseline]}
-    timer = _timer(device)
+    timer = _timer(device, case.host)
     for run in runs.values():
         for _ in range(WARM_UP):
             run()

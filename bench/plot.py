@@ -1,6 +1,6 @@
 """A picture of a results file: for every case the newest time of ours as a share of the baseline's, peft's as a rule.
 
-    python -m bench.plot bench/results/<device>.csv     writes <device>.png beside it
+    python -m bench.plot bench/results/<device>/ops.csv     writes ops.png beside it
 
 Left of 1 ours is faster. A line goes from the 20th to the 80th percentile of ours, each over the baseline's median; the
 grey band is what the baseline's ratio to its own second run spans on this machine, so what lies in it is no difference.
@@ -70,7 +70,7 @@ def plot(path: Path) -> Path:
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
     ax.set_xlabel("time of peft_fast / time of the baseline (right of |)")
-    ax.set_title(path.stem)
+    ax.set_title(path.parent.name)
     fig.legend(loc="outside lower left", fontsize=7)
     out = path.with_suffix(".png")
     fig.savefig(out, dpi=110)

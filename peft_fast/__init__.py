@@ -31,6 +31,7 @@ from .mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_model,
 )
+from .memory import MemoryEstimate, estimate_memory
 from .mixed_model import PeftMixedModel
 from .model import PeftModel
 from .peft_types import PeftType, TaskType
@@ -109,6 +110,7 @@ from .tuners.lora import (
     save_as_lora,
     set_lora_groups,
     set_lora_mlp,
+    set_recompute,
 )
 from .utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -163,6 +165,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MemoryEstimate",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
@@ -206,6 +209,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "compose_cartridge_adapters",
     "convert_to_lora",
+    "estimate_memory",
     "explain",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
@@ -232,6 +236,7 @@ __all__ = [
     "set_lora_groups",
     "set_lora_mlp",
     "set_peft_model_state_dict",
+    "set_recompute",
     "shift_tokens_right",
     "use_backend",
 ]

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .dispatch import TritonUnsupported
+from .dispatch import Choice, TritonUnsupported
 from .integrations.peft_layers import Accelerated, is_peft_layer, why_peft
 from .quant.weight import QuantizedWeight
 from .sharded import as_in_forward
 from .tuners.layer import BaseTunerLayer
-from .tuners.lora import groups, mlp
+from .tuners.lora import groups, mlp, norms
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
                  "added" where the base layer is called, "copy" where a trained copy of it is, "sum" where torch
                  multiplies by the sum of weight and adapter.
                  Of an MLP: "mlp" where its layers run as one op, each by its own route, "layers" where they are called;
-                 of layers that share their input: "group" or "layers"
+                 of layers that share their input: "group" or "layers"; of norms, after set_recompute(norms=True):
+                 "recompute" where their input alone is kept, else "layers"
     because      the reason for that route
 
     What is printed is what the next forward does with a batch of `tokens` (batch size times sequence length) in the
@@ -59,15 +60,16 @@ def explain(model: nn.Module, *, tokens: int = 512, show: bool = True) -> Explan
     with what is trainable now, under the backend that is set now (dispatch.py). Routes depend on all of these: try
     tokens=1, which is what generating does.
     """
+    asked = any(isinstance(module, norms.RecomputingNorm) for module in model.modules())
     with as_in_forward(model):
-        rows = [_row(name, module, tokens) for name, module in model.named_modules()]
+        rows = [_row(name, module, tokens, asked) for name, module in model.named_modules()]
     explanation = Explanation(tuple(row for row in rows if row is not None))
     if show:
         print(explanation)
     return explanation
 
 
-def _row(name: str, module: nn.Module, tokens: int) -> Row | None:
+def _row(name: str, module: nn.Module, tokens: int, norms_asked: bool) -> Row | None:
     if isinstance(module, (BaseTunerLayer, Accelerated)):
         layer: Any = module
         try:
@@ -78,10 +80,14 @@ def _row(name: str, module: nn.Module, tokens: int) -> Row | None:
         return Row(name, describe(layer.base_weight()), route, because)
     if is_peft_layer(module):
         return Row(name, "", "peft", why_peft(module))
-    of_several = [choice for choice in (mlp.choice(module), groups.choice(module)) if choice is not None]
-    if of_several:
-        return Row(name, "", of_several[-1].route, "; ".join(choice.because for choice in of_several))
-    return None
+    of_several = _of_several(module, norms_asked)
+    return Row(name, "", of_several[-1].route, "; ".join(one.because for one in of_several)) if of_several else None
+
+
+def _of_several(module: nn.Module, norms_asked: bool) -> list[Choice]:
+    """What modules do that are no adapted layers but run some, or stand before them."""
+    found = (mlp.choice(module), groups.choice(module), norms.choice(module, norms_asked))
+    return [choice for choice in found if choice is not None]
 
 
 def describe(weight: Tensor | QuantizedWeight) -> str:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-PLAIN = (Tensor, nn.Parameter)  # not DTensor and other subclasses, whose products are their own
+# Not DTensor and other subclasses, whose products are their own. A FakeTensor stands for a plain one (memory.py).
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 _gathered: set[int] = set()  # ids of the weights that a forward will find whole, within `as_in_forward`
 

@@ -1,6 +1,7 @@
 """`make compare`: what it asks for, the base model, and a run of it on a small scale."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -90,6 +91,10 @@ def test_table_and_rows():
     assert [row.tokens_per_s for row in rows] == [8.0, 16.0]
     assert rows[1].loss_distance == pytest.approx(0.1)
     text = report.table(rows)
+    assert "peft_fast beside peft: 100 % faster; 50 % less memory at the peak of a step, 75 % less" in text
+    noisy = report.in_words([rows[0], dataclasses.replace(rows[1], speedup=0.97, p20=14.0, p80=18.0)])
+    assert "as fast, as far as steps that differ by 25 % among themselves can tell" in noisy
+    assert report.in_words(rows[:1]) == ""
     for part in ("2.00x", "5 (0.50x)", "2 (0.25x)", "3.0000 -> 2.0000", "1.0e-01"):
         assert part in text, part
 

@@ -136,6 +136,21 @@ GPU_TYPES = (*TYPES, "bf16 bf16", "bf16 fp32")
 INNER = list(itertools.product((*FACTORS["M"], 4096), FACTORS["R"], (*FACTORS["KN"], (256, 1024)), FACTORS["p"]))
 
 
+# Of the whole product, which takes longer than a lent card is there: every pair of values, in bf16 too.
+ON_GPU = {
+    **FACTORS, "types": GPU_TYPES, "M": (*FACTORS["M"], 4096), "KN": (*FACTORS["KN"], (256, 1024))
+}  # fmt: skip
+GPU_PAIRS = covering(ON_GPU, allowed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="in bf16 and 4096 tokens, for GPUs")
+@pytest.mark.parametrize("row", GPU_PAIRS, ids=name_of)
+def test_pairs_of_the_product(row):
+    check(row, "cuda")
+
+
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the whole product is for GPUs, in bf16 and 4096 tokens too")
 @pytest.mark.parametrize("types", GPU_TYPES)
@@ -159,6 +174,8 @@ def test_every_pair_is_in_a_row():
         assert found == possible, (a, b)
     assert all(allowed(row) for row in PAIRS)
     assert covering(FACTORS, allowed) == PAIRS  # no chance in it
+    assert {row["types"] for row in GPU_PAIRS} == set(GPU_TYPES)
+    assert len(GPU_PAIRS) < 2 * len(SUBSETS) * len(FACTORS["R"])
     assert len(PAIRS) < 1.5 * len(SUBSETS) * len(FACTORS["R"])  # of which each needs a row
 
 

@@ -5,7 +5,6 @@ a machine that slows down slows all of them; the one that begins changes from st
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.harness import device_name
+from bench.harness import device_name, folder_of
 
 from . import report
 from .options import PROVIDERS, Options, parse, why_not
@@ -84,7 +83,7 @@ def main() -> int:
         return 1
     rows = report.rows(options, found)
     print(f"\n{report.table(rows)}")
-    folder = results / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder = folder_of(device, results)
     report.append(rows, folder / "compare.csv")
     report.plot(rows, folder / "compare.png")
     print(f"\nrows appended to {folder / 'compare.csv'}, drawn in {folder / 'compare.png'}")

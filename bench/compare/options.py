@@ -24,6 +24,7 @@ class Options:
     autocast: bool
     gradient_checkpointing: bool
     prepare: bool  # prepare_model_for_kbit_training
+    recompute: tuple[str, ...] = ()  # of norms, mlps: by peft_fast
     seed: int = 0
 
     @property
@@ -34,6 +35,7 @@ class Options:
         recipe = [f"{self.bits} bits", f"r={self.rank}", f"dropout {self.dropout}"]
         recipe.append("bf16 autocast" if self.autocast else "bf16")
         recipe += ["gradient checkpointing"] * self.gradient_checkpointing + ["prepared for k-bit"] * self.prepare
+        recipe += [f"peft_fast recomputes {' and '.join(self.recompute)}"] * bool(self.recompute)
         return f"{Path(self.model).name}, batch {self.batch_size} x {self.seq_len}, {', '.join(recipe)}"
 
     def as_dict(self) -> dict:
@@ -55,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str], Path]
     add("--no-autocast", action="store_true", help="compute in bf16 throughout instead of under autocast")
     add("--gradient-checkpointing", action="store_true")
     add("--prepare", action="store_true", help="prepare_model_for_kbit_training first: norms and residual in fp32")
+    add("--recompute", nargs="+", default=[], choices=("norms", "mlps"), help="by peft_fast alone: set_recompute")
     add("--only", default="", help=f"some of {', '.join(PROVIDERS)}, with commas between")
     add("--results", type=Path, default=Path(__file__).parents[1] / "results")
     given = parser.parse_args(arguments)
@@ -69,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str], Path]
             parser.error(f"--only must name some of {', '.join(PROVIDERS)}, got {name!r}")
     options = Options(
         given.model, given.seq_len, given.batch_size, given.steps, given.rank, given.dropout, given.bits,
-        not given.no_autocast, given.gradient_checkpointing, given.prepare,
+        not given.no_autocast, given.gradient_checkpointing, given.prepare, tuple(given.recompute),
     )  # fmt: skip
     return options, [name for name in wanted if why_not(name, options) is None], given.results
 

@@ -76,10 +76,32 @@ def table(found: list[Row]) -> str:
     text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
     return (
         f"{text}\n\n"
+        f"{in_words(found)}\n"
         "tokens/s: median over the steps, which the libraries take in turn. speed: that of the first line is 1, above\n"
         "1 is faster. peak: the most memory that a step takes beside the model and the optimiser (model MiB); kept:\n"
         "what of it a forward keeps for its backward. Last column: by how much a step's loss differs, nats per token."
     )
+
+
+def in_words(found: list[Row]) -> str:
+    """A sentence for each library but the first: what the numbers say."""
+    first, sentences = found[0], []
+    for row in found[1:]:
+        percent = 100 * (row.speedup - 1)
+        spread = 100 * (row.p80 - row.p20) / row.tokens_per_s
+        speed = f"{abs(percent):.0f} % {'faster' if percent > 0 else 'slower'}"
+        if abs(percent) < spread / 2:
+            speed = f"as fast, as far as steps that differ by {spread:.0f} % among themselves can tell"
+        peak, kept = (100 * (1 - getattr(row, name) / getattr(first, name)) for name in ("peak_mib", "saved_mib"))
+        sentences.append(
+            f"{row.provider} beside {first.provider}: {speed}; {_less(peak)} memory at the peak of a step, "
+            f"{_less(kept)} kept for the\nbackward; losses differ by at most {row.loss_distance:.1e}."
+        )
+    return "\n".join(sentences) + "\n" if sentences else ""
+
+
+def _less(percent: float) -> str:
+    return f"{abs(percent):.0f} % {'less' if percent >= 0 else 'more'}"
 
 
 def append(found: list[Row], path: Path) -> None:

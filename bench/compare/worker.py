@@ -67,7 +67,10 @@ def with_library(name: str, options: Options, device: torch.device) -> Any:
         r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return library.get_peft_model(model, config)
+    model = library.get_peft_model(model, config)
+    if options.recompute and name == "peft_fast":
+        library.set_recompute(model, norms="norms" in options.recompute, mlps="mlps" in options.recompute)
+    return model
 
 
 class Training:

@@ -127,9 +127,12 @@ def add_adapter(model: PreTrainedModel, options: Options) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     try:
-        return peft_fast.get_peft_model(model, config)
-    except ValueError as error:  # no layer of these names, or not of a kind that takes an adapter
+        adapted = peft_fast.get_peft_model(model, config)
+        if options.recompute:
+            peft_fast.set_recompute(adapted, norms="norms" in options.recompute, mlps="mlps" in options.recompute)
+    except ValueError as error:  # no layer of these names or kinds, no norm or MLP that can be computed again
         raise UserError(str(error)) from error
+    return adapted
 
 
 def apply_liger(model: PreTrainedModel, options: Options) -> str | None:

@@ -1,5 +1,6 @@
 """The memory that training needs, estimated, beside the memory there is; and advice for when it was not enough."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,45 +10,26 @@ from typing import Any
 import torch
 
 from peft_fast.finetune.options import Options, UserError
-from peft_fast.tuners.base_weight import quantized_weight
+from peft_fast.memory import MIB, STATE_BYTES, MemoryEstimate, estimate_memory, nbytes, weights_of
 
-MIB = 2**20
-PROBE_TOKENS = 256  # length of the forward pass from which the activations are scaled up
-# Bytes of optimiser state per trainable parameter. adafactor keeps a row and a column per matrix: next to nothing.
-STATE_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "sgd": 0}
+PROBE_TOKENS = 256  # on a GPU: length of the forward pass from which the activations are scaled up
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(MemoryEstimate):
     """Bytes, per component of training, and the bytes there are for all of them together."""
 
-    base_weights: int
-    adapter: int
-    gradients: int
-    optimizer_states: int
-    activations: int
-    working_space: int
     available: int
 
     @property
     def needed(self) -> int:
-        return (
-            self.base_weights + self.adapter + self.gradients + self.optimizer_states + self.activations
-            + self.working_space
-        )  # fmt: skip
+        return super().needed - self.available
+
+    def rows(self) -> list[tuple[str, int]]:
+        return [*super().rows(), ("there is", self.available)]
 
     def __str__(self) -> str:
-        rows = [
-            ("base weights", self.base_weights),
-            ("adapter", self.adapter),
-            ("gradients", self.gradients),
-            ("optimiser states", self.optimizer_states),
-            ("activations kept", self.activations),
-            ("working space", self.working_space),
-            ("needed, about", self.needed),
-            ("there is", self.available),
-        ]
-        return "memory (estimate)\n" + "\n".join(f"  {name:<18}{size / MIB:>12,.0f} MiB" for name, size in rows)
+        return f"memory (estimate)\n{super().__str__()}"
 
 
 class OutOfMemory(UserError):
@@ -76,12 +58,42 @@ def is_out_of_memory(error: BaseException) -> bool:
 def estimate(model: Any, options: Options, longest_row: int) -> Estimate:
     """Estimate for an adapted model on its device, trained on rows of at most `longest_row` tokens.
 
-    Weights and adapter are counted exactly. What the forward pass keeps for backward is measured on one short row and
-    scaled by the number of tokens: right for attention that does not keep its scores (sdpa, flash), too low for eager.
-    On a CPU, resident memory grew by 0.9 to 1.5 times the sum (five runs of 1 to 3 GB), the most with checkpointing.
+    On a CPU the step is run on shapes alone (peft_fast/memory.py). On a GPU, whose kernels need data, what the forward
+    pass keeps for backward is measured on one short row and scaled by the number of tokens: right for attention that
+    does not keep its scores (sdpa, flash), too low for eager.
     """
+    if model.device.type == "cpu":
+        autocast = None if options.dtype == torch.float32 else options.dtype
+        with _as_trained(model, options):
+            found = estimate_memory(
+                model, options.batch_size, longest_row, optimizer=options.optimizer, autocast=autocast
+            )
+    else:
+        found = _measured(model, options, longest_row)
+    loaded = found.base_weights + found.adapter
+    return Estimate(**vars(found), available=available_bytes(model.device) + loaded)
+
+
+@contextmanager
+def _as_trained(model: Any, options: Options) -> Iterator[None]:
+    """Within, the model is in the mode and has the checkpoints that Trainer will give it."""
+    training = model.training
+    model.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of the methods' names
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.train(training)
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+
+
+def _measured(model: Any, options: Options, longest_row: int) -> MemoryEstimate:
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    adapter, base = _bytes(trainable), _bytes(_weights(model)) - _bytes(trainable)
+    adapter, base = nbytes(trainable), nbytes(weights_of(model)) - nbytes(trainable)
     tokens = options.batch_size * longest_row
     probe = min(longest_row, PROBE_TOKENS)
     config = model.config.get_text_config()
@@ -94,21 +106,21 @@ def estimate(model: Any, options: Options, longest_row: int) -> Estimate:
     widest = max(
         (module.in_features * module.out_features for module in model.modules() if _is_linear(module)), default=0
     )
-    return Estimate(
+    return MemoryEstimate(
         base_weights=base,
         adapter=adapter,
         gradients=adapter,
         optimizer_states=sum(weight.numel() for weight in trainable) * STATE_BYTES[options.optimizer],
         activations=activations,
-        # In backward: the logits' gradient and softmax, a layer's gradients, and the largest weight dequantised.
-        working_space=2 * logits + of_a_layer + widest * options.dtype.itemsize,
-        available=available_bytes(model.device) + base + adapter,  # both are loaded already
+        logits=logits,
+        # In backward: the logits' gradient, a layer's gradients, and the largest weight dequantised.
+        working_space=logits + of_a_layer + widest * options.dtype.itemsize,
     )
 
 
 def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of distinct storages, weights aside, that one row's forward pass with loss saves for backward."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in _weights(model)}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in weights_of(model)}
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,20 +143,8 @@ def kept_for_backward(model: Any, tokens: int, dtype: torch.dtype) -> int:
     return sum(kept.values())
 
 
-def _weights(model: Any) -> list[torch.Tensor]:
-    """Parameters, buffers and the scales of k-bit weights, which are neither."""
-    quantized = (quantized_weight(module) for module in model.modules())
-    scales = (tensor for weight in quantized if weight is not None for tensor in weight.tensors())
-    return [*model.parameters(), *model.buffers(), *scales]
-
-
 def _is_linear(module: torch.nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the distinct storages of these tensors; tied weights count once."""
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def available_bytes(device: torch.device) -> int:
@@ -167,7 +167,11 @@ def available_bytes(device: torch.device) -> int:
 def advice(options: Options, estimate: Estimate | None) -> str:
     """Options to lower, the largest saving first, with about how much each saves where there is an estimate."""
     base, states, activations = (
-        (estimate.base_weights, estimate.optimizer_states, estimate.activations + estimate.working_space)
+        (
+            estimate.base_weights,
+            estimate.optimizer_states,
+            estimate.activations + estimate.logits + estimate.working_space,
+        )
         if estimate
         else (0, 0, 0)
     )
@@ -180,6 +184,8 @@ def advice(options: Options, estimate: Estimate | None) -> str:
         ways.append((saved, f"--batch-size {half} --gradient-accumulation {twice} (the same training)"))
     if not options.gradient_checkpointing:
         ways.append((activations * 7 // 10, "--gradient-checkpointing (about a third slower)"))
+        if set(options.recompute) != {"norms", "mlps"}:
+            ways.append((activations * 6 // 10, "--recompute norms mlps (about a fifth slower)"))
     if options.sequence_length > 256:
         ways.append((activations // 2, f"--sequence-length {options.sequence_length // 2}"))
     if torch.cuda.is_available() and options.optimizer == "adamw":

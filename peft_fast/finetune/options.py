@@ -58,6 +58,7 @@ class Options:
     optimizer: str
     precision: str
     gradient_checkpointing: bool
+    recompute: tuple[str, ...]
     seed: int
     backend: str
     output: str
@@ -180,6 +181,9 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
                        help="paged_* and *_8bit are bitsandbytes' and need a GPU (default: %(default)s)")
     group.add_argument("--gradient-checkpointing", action="store_true",
                        help="keep one activation per layer and recompute the rest: less memory, about a third slower")
+    group.add_argument("--recompute", nargs="+", choices=("norms", "mlps"), default=[],
+                       help="keep the inputs of norms, or of MLPs, alone and compute what is in them again: a quarter, "
+                            "or half, of the layers' activations less, for a little, or a fifth, more time")
     group.add_argument("--seed", type=int, default=0, metavar="N",
                        help="of adapter, data order, dropout, split and samples (default: %(default)s)")
 
@@ -229,7 +233,14 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     for name, default in defaults.items():
         if values[name] is None:
             values[name] = default
-    options = Options(**{**values, "data": tuple(values["data"]), "eval_data": tuple(values["eval_data"])})
+    options = Options(
+        **{
+            **values,
+            "data": tuple(values["data"]),
+            "eval_data": tuple(values["eval_data"]),
+            "recompute": tuple(values["recompute"]),
+        }
+    )
     try:
         check(options)
     except UserError as error:

@@ -9,6 +9,7 @@ from peft_fast.quant import bitsandbytes
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.lora.groups import group_siblings, ungroup_siblings
 from peft_fast.tuners.lora.mlp import fuse_mlps, restore_mlps
+from peft_fast.tuners.lora.norms import restore_norms
 
 from .peft_layers import Accelerated, accelerated_class, is_peft_layer
 
@@ -57,6 +58,7 @@ def restore(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("this model's layers are peft_fast's own: model.unload() removes them")
     restore_mlps(model)
+    restore_norms(model)
     ungroup_siblings(model)
     for module in model.modules():
         if isinstance(module, Accelerated):

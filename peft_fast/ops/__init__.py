@@ -13,6 +13,7 @@ plain torch. Layers call these and never ask about devices.
     lora_down       lora.py          kernels/lora_down.py or reference.py
     lora_up_add     lora.py          kernels/lora_up_add.py or reference.py
     scale_columns, merged_norms, row_squares   dora.py   kernels/scale_columns.py, reference_dora.py
+    rms_norm        norm.py          torch's own rms_norm, twice
     lora_embedding, lora_embedding_add   embedding.py   kernels/lora_embedding.py, reference_embedding.py
 """
 
@@ -29,6 +30,7 @@ from .linear import lora_linear
 from .lora import lora_down, lora_up_add
 from .mlp import lora_mlp
 from .multi import Adapters, choose_multi, lora_linear_multi, segments_of_rows, segments_of_samples
+from .norm import rms_norm
 from .projection import Projection
 from .quant import dequantize, quant_matmul
 from .table import Call, choose, choose_product
@@ -60,6 +62,7 @@ __all__ = [
     "new_dropout_key_table",
     "new_dropout_keys",
     "quant_matmul",
+    "rms_norm",
     "row_squares",
     "scale_columns",
     "segments_of_rows",

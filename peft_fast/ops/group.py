@@ -6,7 +6,7 @@ What lora_linear computes for each, but that the adapters read x once, forward a
 instead of one for each layer and their sums. Each layer takes the route that it would take alone (table.py, routes.py);
 those that go different routes go them one by one.
 
-Kept for backward: x as it came, s [M, sum R_j], dropout keys.
+Kept for backward: x as it came, or what rms_norm made it of (norm.py), s [M, sum R_j], dropout keys.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_fast.dispatch import Backend, Route
 
-from . import plain
+from . import norm, plain
 from .checks import check_floating
 from .library import autocasting, define, product_dtype, resolve, resolve_route, weight_shape
 from .projection import (
@@ -102,18 +102,21 @@ class _LoraGroup(torch.autograd.Function):
     """`settings`: the op's arguments that are no tensors; the first is how many tensors each layer has."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, settings: tuple, source: norm.Source | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         given = _filled(tensors, settings[0])
         *y, s = _forward(x, given, *settings)
         ctx.set_materialize_grads(False)  # of an output that nobody used: no gradients, as if it had not been computed
-        ctx.save_for_backward(x, s, *tensors)
+        kept, ctx.recipe = norm.to_keep(x, source)
+        ctx.save_for_backward(*kept, s, *tensors)
         ctx.settings = settings
         return tuple(y)
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor | None) -> tuple:  # type: ignore[override]
         counts, *numbers, _, trained, backend, route = ctx.settings
-        x, s, *tensors = ctx.saved_tensors
+        x, (s, *tensors) = norm.made_again(ctx.saved_tensors, ctx.recipe)
         if plain.is_differentiated_again():
             given = _filled(tensors, counts)
             fmts, scales, ps, dtype = ctx.settings[1:5]
@@ -121,10 +124,10 @@ class _LoraGroup(torch.autograd.Function):
             def call(x: Tensor, *given: Any) -> list[Tensor]:
                 return plain.group(x, counts, fmts, scales, ps, dtype, *given)
 
-            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
             of_x, *of_given = plain.gradients(call, [x, *given], needs, dy)
-            return of_x, None, *of_given
-        of_each = split(ctx.needs_input_grad[2:], counts)
+            return of_x, None, None, *of_given
+        of_each = split(ctx.needs_input_grad[3:], counts)
         parts, used = restored(split(tensors, counts)), [j for j, d in enumerate(dy) if d is not None]
         needs = [ctx.needs_input_grad[0], *(need for j in used for need in of_each[j][:GRADIENTS])]
         dx: Tensor | None = None
@@ -138,7 +141,7 @@ class _LoraGroup(torch.autograd.Function):
             dx, *grads = [grad if need else None for grad, need in zip(out, needs)]
             for j, part in zip(used, split(grads, [GRADIENTS] * len(used))):
                 of_parts[j][:GRADIENTS] = part
-        return dx, None, *(grad for part in of_parts for grad in part)
+        return dx, None, None, *(grad for part in of_parts for grad in part)
 
 
 def _filled(tensors: Sequence[Tensor | None], counts: list[int]) -> list[Tensor | None]:
@@ -194,5 +197,6 @@ def lora_group(
     if plain.is_transformed():
         y = plain.group(rows, *settings[:5], *(tensor for part, _ in packed for tensor in part))
         return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]
-    y = _LoraGroup.apply(rows, settings, *without_repetitions([part for part, _ in packed]))
+    tensors = without_repetitions([part for part, _ in packed])
+    y = _LoraGroup.apply(rows, settings, norm.source_of(x), *tensors)
     return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]

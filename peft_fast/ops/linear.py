@@ -2,8 +2,8 @@
 
 table.py picks the route inside the op, routes.py has the steps of each.
 
-Kept for backward: x as it came (fp32 x is not copied: siblings that share x keep one tensor), s [M, R], the dropout
-key; never W, a mask, or a cast of x.
+Kept for backward: x as it came (fp32 x is not copied: siblings that share x keep one tensor), or what rms_norm made it
+of (norm.py), s [M, R], the dropout key; never W, a mask, or a cast of x.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
-from . import plain, routes
+from . import norm, plain, routes
 from .checks import check_bias, check_device, check_dropout, check_floating
 from .library import autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
@@ -99,16 +99,18 @@ class _LoraLinear(torch.autograd.Function):
         fmt: str,
         backend: str,
         route: str,
+        source: norm.Source | None,
         *weight: Tensor,
     ) -> Tensor:
         y, s = _forward(x, list(weight), fmt, bias, A, B, scale, p, key, dtype, trained, backend, route)
-        ctx.save_for_backward(x, s, A, B, key, *weight)
+        kept, ctx.recipe = norm.to_keep(x, source)
+        ctx.save_for_backward(*kept, s, A, B, key, *weight)
         ctx.settings = fmt, scale, p, trained, backend, route
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
-        x, s, A, B, key, *weight = ctx.saved_tensors
+        x, (s, A, B, key, *weight) = norm.made_again(ctx.saved_tensors, ctx.recipe)
         fmt, scale, p, trained, backend, route = ctx.settings
         needs = list(ctx.needs_input_grad[:3])
         dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
@@ -117,16 +119,16 @@ class _LoraLinear(torch.autograd.Function):
             def call(x: Tensor, A: Tensor, B: Tensor, *weight: Tensor) -> Tensor:
                 return plain.linear(x, A, B, None, scale, p, key, s.dtype, fmt, *weight)
 
-            of_weight = ctx.needs_input_grad[12:]
+            of_weight = ctx.needs_input_grad[13:]
             of_x, of_A, of_B, *of_W = plain.gradients(call, [x, A, B, *weight], [*needs, *of_weight], [dy])
-            return of_x, of_A, of_B, dbias, *(None,) * 8, *of_W
+            return of_x, of_A, of_B, dbias, *(None,) * 9, *of_W
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
             out = _backward(dy, x, s, weight, fmt, A, B, scale, p, key, needs, trained, backend, route)
             grads = [g if need else None for g, need in zip(out, needs)]
         # The base is frozen as a rule; who unfreezes a dense one gets its gradient.
-        dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if ctx.needs_input_grad[12] else None
-        return *grads, dbias, *(None,) * 8, dW, *(None for _ in weight[1:])
+        dW = (dy.t() @ x.to(dy.dtype)).to(weight[0].dtype) if ctx.needs_input_grad[13] else None
+        return *grads, dbias, *(None,) * 9, dW, *(None for _ in weight[1:])
 
 
 def lora_linear(
@@ -190,6 +192,7 @@ def lora_linear(
         fmt,
         resolve(backend),
         resolve_route(route),
+        norm.source_of(x),
         *tensors,
     )
     return y.view(*x.shape[:-1], N)

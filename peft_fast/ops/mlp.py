@@ -2,9 +2,10 @@
 
     y = down(h)     h = act(g) * u     g = gate(x)     u = up(x)
 
-Kept for backward: x as it came, g and u [M, F], the adapters' s [M, R], dropout keys; or, with `recompute`, x and the
-keys alone. Neither act(g) nor h is: the backward needs h for down's dA only, and glu_backward_ gives it on its way. dx
-of gate and up is one buffer. Each layer takes the route that it would take alone (table.py, routes.py).
+Kept for backward: x as it came, or what rms_norm made it of (norm.py), g and u [M, F], the adapters' s [M, R], dropout
+keys; or, with `recompute`, x and the keys alone. Neither act(g) nor h is: the backward needs h for down's dA only, and
+glu_backward_ gives it on its way. dx of gate and up is one buffer. Each layer takes the route that it would take alone
+(table.py, routes.py).
 
 g and u stay in the dtype of the products, h is computed from them in fp32 and rounded once.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from peft_fast.dispatch import Backend, Route
 
-from . import plain, routes
+from . import norm, plain, routes
 from .checks import check_floating
 from .glu import ACTIVATIONS, GLU
 from .library import (
@@ -181,31 +182,33 @@ class _LoraMLP(torch.autograd.Function):
     """`settings`: the op's arguments that are no tensors, and how many tensors each projection has."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: tuple, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, settings: tuple, source: norm.Source | None, *tensors: Tensor | None) -> Tensor:
         training, recompute, counts = settings[5], settings[6], settings[-1]
         gate, up, down = restored(split(tensors, counts))
         y, *kept = _forward(x, gate, up, down, *settings[:-1])
-        ctx.save_for_backward(x, *(kept if training and not recompute else [None] * len(kept)), *tensors)
+        inputs, ctx.recipe = norm.to_keep(x, source)
+        kept = kept if training and not recompute else [None] * len(kept)
+        ctx.save_for_backward(*inputs, *kept, *tensors)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         fmts, scales, ps, activation, _, _, recompute, trained, backend, route, counts = ctx.settings
-        x, g, u, s, s_down, *tensors = ctx.saved_tensors
+        x, (g, u, s, s_down, *tensors) = norm.made_again(ctx.saved_tensors, ctx.recipe)
         if plain.is_differentiated_again():
             given = [tensor for part in restored(split(tensors, counts)) for tensor in part]
 
             def call(x: Tensor, *given: Any) -> Tensor:
                 return plain.mlp(x, counts, fmts, scales, ps, activation, ctx.settings[4], *given)
 
-            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+            needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
             of_x, *of_given = plain.gradients(call, [x, *given], needs, [dy])
-            return of_x, None, *of_given
+            return of_x, None, None, *of_given
         if recompute:
             g = u = s = s_down = x.new_empty(0)
         projections = restored(split(tensors, counts))
-        needs_input = split(ctx.needs_input_grad[2:], counts)
+        needs_input = split(ctx.needs_input_grad[3:], counts)
         needs = [ctx.needs_input_grad[0], *(need for needed in needs_input for need in needed[:GRADIENTS])]
         grads: list[Tensor | None] = [None] * len(needs)
         if any(needs):
@@ -218,7 +221,7 @@ class _LoraMLP(torch.autograd.Function):
         for i, count in enumerate(counts):
             first = 1 + i * GRADIENTS
             of_tensors += [*grads[first : first + GRADIENTS], *[None] * (count - GRADIENTS)]
-        return grads[0], None, *of_tensors
+        return grads[0], None, None, *of_tensors
 
 
 def lora_mlp(
@@ -279,7 +282,7 @@ def lora_mlp(
         given = (tensor for part, _ in packed for tensor in part)
         y = plain.mlp(x.reshape(-1, x.shape[-1]), settings[-1], *numbers, *given)
         return y.view(*x.shape[:-1], y.shape[-1])
-    y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), settings, *tensors)
+    y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), settings, norm.source_of(x), *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_fast.quant import bitsandbytes, blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
@@ -117,7 +118,7 @@ def is_dense_linear(layer: nn.Module) -> bool:
     if bitsandbytes.is_kbit(layer):
         return False
     weight: Any = layer.weight
-    return type(weight.data) is torch.Tensor and weight.is_floating_point()
+    return type(weight.data) in (Tensor, FakeTensor) and weight.is_floating_point()
 
 
 def is_touched(module: nn.Module) -> bool:

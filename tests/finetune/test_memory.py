@@ -26,7 +26,8 @@ def test_memory_estimate(arguments, model_folder, bits):
         quantised = linear + 2 * 4 * (3 * 64 + 2 * 32 + 2 * 128)  # a scale a row: q, o and down, k and v, gate and up
     assert estimate.base_weights == pytest.approx(quantised + rest, rel=0.01 if bits == 4 else 1e-3)
     twice = memory.estimate(model, replace(options, batch_size=8), 32)
-    assert twice.activations == 2 * estimate.activations
+    assert twice.activations == pytest.approx(2 * estimate.activations, rel=0.02)  # casts of weights are kept once
+    assert vars(memory._measured(model, options, 32)).keys() == vars(estimate).keys() - {"available"}
     assert 2**28 < estimate.available < 2**50
 
 
@@ -51,7 +52,7 @@ def test_the_measured_activations_are_what_backward_keeps():
 @pytest.mark.parametrize(("bits", "saved"), [(16, 560), (8, 320)])
 def test_running_out_of_memory_gives_advice(arguments, error, bits, saved):
     options = replace(parse(arguments), bits=bits, sequence_length=512)
-    estimate = memory.Estimate(800 * 2**20, 1, 1, 1, 400 * 2**20, 0, available=2**20)
+    estimate = memory.Estimate(800 * 2**20, 1, 1, 1, 400 * 2**20, 0, 0, available=2**20)
     with pytest.raises(memory.OutOfMemory) as raised, memory.advice_when_exhausted(options, estimate):
         raise error
     lines = str(raised.value).splitlines()

@@ -198,6 +198,16 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(arguments, tmp_p
     assert estimates[0] < estimates[1]
 
 
+@pytest.mark.slow
+def test_recomputing_changes_memory_and_nothing_else(arguments, tmp_path):
+    plain = finished(arguments)
+    recomputed = finished([*arguments, "--recompute", "norms", "mlps", "--output", str(tmp_path / "other")])
+    for (_, a), (_, b) in zip(plain["train_losses"], recomputed["train_losses"]):
+        assert a == pytest.approx(b, abs=1e-5)
+    of_plain, of_recomputed = (metrics["memory_estimate_bytes"]["activations"] for metrics in (plain, recomputed))
+    assert of_recomputed < 0.8 * of_plain
+
+
 def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
     whole = finished(arguments)
     parts = [*arguments, "--batch-size", "2", "--gradient-accumulation", "2", "--output", str(tmp_path / "parts")]

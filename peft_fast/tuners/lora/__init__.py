@@ -12,6 +12,7 @@ from .loraga import preprocess_loraga
 from .mlp import set_lora_mlp
 from .model import LoraModel
 from .param_wrapper import ParamWrapper
+from .recompute import set_recompute
 from .subconfigs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "save_as_lora",
     "set_lora_groups",
     "set_lora_mlp",
+    "set_recompute",
 ]

@@ -20,6 +20,7 @@ from peft_fast.ops import ExpertAdapter
 from peft_fast.ops.library import autocast
 from peft_fast.quant import bitsandbytes
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.sharded import is_plain
 from peft_fast.tuners.base_weight import is_touched
 
 from .called import why_called
@@ -49,7 +50,7 @@ def why_not(experts: Any, wrappers: dict[str, Any]) -> str | None:
         if parametrize.is_parametrized(experts, name):
             return f"{name} is computed from other parameters"
         weight = getattr(experts, name)
-        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        if not is_plain(weight) or not weight.is_floating_point():
             return f"{name} is a {type(weight).__name__} of {weight.dtype}"
     for name, wrapper in wrappers.items():
         if name not in _projections(experts):

@@ -33,6 +33,7 @@ from .joined_experts import joined_experts
 from .layer import Linear, LoraLayer
 from .mlp import fuse_mlps, restore_mlps
 from .moe import converted
+from .norms import restore_norms
 from .param_wrapper import ParamWrapper, parameter_names, wrappers_of
 from .replication import Replication, replicate_layers
 from .tied import TiedLinear
@@ -295,12 +296,14 @@ class LoraModel(BaseTuner):
         self._refuse_to_merge_replicas()
         model = super().merge_to_16bit(dtype, adapter_names, progressbar)
         restore_mlps(model)
+        restore_norms(model)
         ungroup_siblings(model)
         return model
 
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
         model = super()._unload(with_copies_of)
         restore_mlps(model)
+        restore_norms(model)
         ungroup_siblings(model)
         if self.replication is not None:
             self.replication.undo()

@@ -23,6 +23,7 @@ from peft_fast.tuners.lora import LoraModel
 from peft_fast.tuners.lora.groups import ungroup_siblings
 from peft_fast.tuners.lora.layer import LoraLayer
 from peft_fast.tuners.lora.mlp import restore_mlps
+from peft_fast.tuners.lora.norms import restore_norms
 from peft_fast.tuners.names import list_of_names
 from peft_fast.tuners.oft import OFTModel
 from peft_fast.tuners.oft.layer import OFTLayer
@@ -121,6 +122,7 @@ class MixedModel(BaseTuner):
     def _unload(self, with_copies_of: Sequence[str]) -> nn.Module:
         model = super()._unload(with_copies_of)
         restore_mlps(model)
+        restore_norms(model)
         ungroup_siblings(model)
         return model
 

@@ -1,0 +1,175 @@
+"""bench/gpu.py without a GPU: which stages run, what is remembered of them; bench/memory_try.py's search; the tables of
+the README; the repacked wheel."""
+
+import csv
+import json
+import zipfile
+
+import pytest
+import torch
+
+from bench import gpu, memory_try, readme, repack_bitsandbytes
+from bench.gpu import ROOT, Stage, State, run_stage
+
+RUN = {"sha": "abc1234", "device": "a card", "kind": "budget", "torch": "2.13"}
+
+
+def test_a_stage_is_done_once_for_a_commit_and_a_card(tmp_path):
+    state = State(tmp_path / "gpu.json")
+    assert not state.is_done("tests", RUN)
+    state.write("tests", {**RUN, "status": "done", "seconds": 1.0, "date": "2026-11-22"})
+    state.write("ops", {**RUN, "status": "timed out", "seconds": 1.0, "date": "2026-11-22"})
+    again = State(tmp_path / "gpu.json")
+    assert again.is_done("tests", RUN)
+    assert not again.is_done("ops", RUN)
+    for other in ({"sha": "def"}, {"device": "another"}, {"kind": "all"}, {"torch": "2.14"}):
+        assert not again.is_done("tests", {**RUN, **other})
+    for sha in ("abc1234+", ""):  # nobody knows which code that was
+        state.write("tests", {**RUN, "sha": sha, "status": "done"})
+        assert not State(tmp_path / "gpu.json").is_done("tests", {**RUN, "sha": sha})
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "status"),
+    [
+        ("print('x')", 60, "done"),
+        ("raise SystemExit(3)", 60, "failed"),
+        ("import time; time.sleep(60)", 1, "timed out"),
+    ],
+)
+def test_how_a_stage_ends(tmp_path, code, seconds, status):
+    found, took = run_stage(("-c", code), seconds, tmp_path / "log", rehearse=True)
+    assert found == status
+    assert took < 30
+    assert (tmp_path / "log").read_text() == ("x\n" if status == "done" else "")
+
+
+def test_a_run_goes_on_after_a_failure_and_begins_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    marker = tmp_path / "ran"
+    once = ("-c", f"open({str(marker)!r}, 'a').write('x')")
+    made = (
+        Stage("ops", (), 5, (), ("-c", "raise SystemExit('broken')")),
+        Stage("compare", (), 5, (), once),
+    )
+    monkeypatch.setattr(gpu, "stages", lambda results: made)
+    monkeypatch.setattr(gpu, "LOADED", "abc1234")
+    arguments = ["--rehearse", "--results", str(tmp_path)]
+    assert gpu.main(arguments) == 1
+    assert gpu.main(arguments) == 1
+    assert marker.read_text() == "x"
+    said = capsys.readouterr().out
+    assert "broken" in said
+    assert "compare    done before, at abc1234" in said
+    assert gpu.main([*arguments, "--only", "compare", "--again"]) == 0
+    assert marker.read_text() == "xx"
+    (path,) = tmp_path.glob("*/gpu.json")
+    assert {name: entry["status"] for name, entry in json.loads(path.read_text()).items()} == {
+        "ops": "failed",
+        "compare": "done",
+    }
+
+
+def test_wrong_arguments(capsys):
+    for wrong, message in (
+        (["--only", "tests,nothing"], "got nothing"),
+        (["--rehearse", "--all"], "give one of them"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.parse(wrong)
+        assert message in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 2
+        assert "ARGS=--rehearse" in capsys.readouterr().err
+
+
+def test_stages_fit_the_limit_and_their_files_are_there(tmp_path):
+    stages = gpu.stages(tmp_path)
+    assert [stage.name for stage in stages] == ["tests", "ops", "crossover", "compare", "profile", "memory"]
+    assert sum(stage.seconds for stage in stages) <= gpu.LIMIT < 480
+    files = {part for stage in stages for part in stage.command if part.startswith("tests/")}
+    assert "tests/test_lora_matrix.py" in files
+    assert all((ROOT / name).is_file() for name in files)
+    assert not any("ecosystem" in name for name in files)
+
+
+@pytest.mark.parametrize("longest", [0, 511, 512, 513, 4000, 100_000, 262_144, 10**9])
+def test_the_search_for_the_longest_row(longest):
+    asked = []
+
+    def fits(tokens: int) -> bool:
+        asked.append(tokens)
+        return tokens <= longest
+
+    found = memory_try.longest_that_fits(fits, 512, 262_144)
+    expected = 0 if longest < 512 else min(longest, 262_144)
+    assert expected * 0.96 <= found <= expected
+    assert len(asked) < 20
+    assert memory_try.longest_that_fits(lambda tokens: True, 512, 262_144, deadline=0.0) == 512
+
+
+@pytest.mark.slow
+def test_trying_on_a_cpu_finds_what_was_calculated(tmp_path, monkeypatch):
+    """The limit is what a step takes beside what is there; the small model has most of it in its tokens."""
+    arguments = ["memory_try", "--limit", "1.06", "--only", "peft_fast, norms recomputed", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert memory_try.main() == 0
+    (path,) = tmp_path.glob("*/memory.csv")
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["tried"]) > 16
+    assert int(row["tried"]) == pytest.approx(int(row["calculated"]), rel=0.1)
+
+
+def _wheel(path, cudas):
+    names = [f"bitsandbytes/libbitsandbytes_{kind}.so" for kind in (*[f"cuda{c}" for c in cudas], "cpu", "rocm70")]
+    with zipfile.ZipFile(path, "w") as file:
+        record = ""
+        for name in ("bitsandbytes/__init__.py", *names):
+            file.writestr(name, name * 9)
+            record += f"{name},sha256=x,9\n"
+        file.writestr("bitsandbytes-0.50.2.dist-info/RECORD", record + "bitsandbytes-0.50.2.dist-info/RECORD,,\n")
+    return path
+
+
+def test_a_repacked_wheel(tmp_path):
+    wheel = _wheel(tmp_path / "bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl", ("118", "130"))
+    out = repack_bitsandbytes.repack(wheel, "130", tmp_path / "to")
+    assert out.name == wheel.name
+    with zipfile.ZipFile(out) as file:
+        names = set(file.namelist())
+        record = file.read("bitsandbytes-0.50.2.dist-info/RECORD").decode()
+    libraries = {f"bitsandbytes/libbitsandbytes_{kind}.so" for kind in ("cuda130", "cpu")}
+    assert names == {"bitsandbytes/__init__.py", *libraries, "bitsandbytes-0.50.2.dist-info/RECORD"}
+    assert {line.split(",")[0] for line in record.splitlines()} == names
+    with pytest.raises(ValueError, match="no library for CUDA 999, but for 118, 130"):
+        repack_bitsandbytes.repack(wheel, "999", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(ValueError, match="give another folder"):
+        repack_bitsandbytes.repack(wheel, "130", tmp_path)
+
+
+def test_the_readme_has_the_numbers_of_the_files():
+    texts = [path.read_text() for path in readme.FILES]
+    marked = [match[2] for text in texts for match in readme.MARKED.finditer(text)]
+    assert sorted(marked) == sorted(readme.TABLES)
+    for text in texts:
+        assert readme.filled(text, readme.RESULTS) == text, "python -m bench.readme"
+
+
+def test_tables_of_made_up_results(tmp_path):
+    folder = tmp_path / "results" / "a-card"
+    folder.mkdir(parents=True)
+    (folder / "compare.csv").write_text(
+        "device,setting,provider,version,tokens_per_s,speedup,peak_mib,saved_mib,loss_distance\n"
+        "card,s,peft,1,100,1,50,40,0\ncard,s,ours,abc,150,1.5,20,10,1e-3\ncard,s,ours,def,160,1.6,20,10,1e-3\n"
+    )
+    text = "a\n<!-- bench.readme: compare -->\nold\n<!-- end -->\nb\n<!-- bench.readme: tried -->\n<!-- end -->\n"
+    new = readme.filled(text, folder.parent)
+    assert "old" not in new
+    assert "| card | s | ours def | 160 | 1.60 | 20 | 10 | 1e-03 |" in new
+    assert "abc" not in new
+    assert "| card | s | peft 1 | 100 | 1.00 | 50 | 40 |  |" in new
+    assert "python -m bench.memory_try" in new
+    assert readme.filled(new, folder.parent) == new
+    with pytest.raises(ValueError, match="no table is called 'other'"):
+        readme.filled("<!-- bench.readme: other -->\n<!-- end -->", folder.parent)

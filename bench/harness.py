@@ -76,9 +76,8 @@ def _loaded() -> str:
     PEFT_FAST_SHA says it where the code is a copy without git."""
     if told := os.environ.get("PEFT_FAST_SHA"):
         return told
-    return _git("rev-parse", "--short", "HEAD") + (
-        "+" if _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md") else ""
-    )
+    changed = _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md")
+    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 LOADED = _loaded()

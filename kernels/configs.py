@@ -140,10 +140,11 @@ def lora_up_multi(length: int, R: int, itemsize: int, aligned: bool) -> dict:
 
 
 def lora_gram_multi(R: int, itemsize: int) -> dict:
-    """Three stages spill on sm_100, with dropout and gradients in fp32; 32 rows of fp32 on four others."""
-    return dict(
-        BLOCK_M=32 if itemsize == 2 else 16, BLOCK_C=64, BLOCK_R=rank_block(R, itemsize), num_warps=4, num_stages=2
-    )
+    """Three stages spill on sm_100, with dropout and gradients in fp32; 32 rows of fp32 on four others, and of bf16 on
+    sm_100 with a rank tile of 64 and gradients in fp32."""
+    block_r = rank_block(R, itemsize)
+    block_m = 32 if itemsize == 2 and block_r < 64 else 16
+    return dict(BLOCK_M=block_m, BLOCK_C=64, BLOCK_R=block_r, num_warps=4, num_stages=2)
 
 
 # Adding partials: a thread keeps four elements, 16 bytes per load, and DEPTH of them in flight.

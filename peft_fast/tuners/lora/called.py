@@ -19,15 +19,17 @@ from peft_fast.tuners.base_weight import is_touched
 
 def why_called(layer: Any, adapters: Sequence[str]) -> str | None:
     """Why the modules of these adapters of a linear layer must be called, or None."""
+    dropouts = layer._modules["lora_dropout"]._modules
     for name in adapters:
         for factor in layer.factors(name):
             if type(factor) is not nn.Linear:
                 return f"a factor of {name!r} is a {type(factor).__name__}"
             if is_touched(factor):
                 return f"a factor of {name!r} has hooks or a forward of its own"
-            if not is_plain(factor.weight):
-                return f"a factor of {name!r} is a {type(factor.weight).__name__}"
-        dropout = layer.lora_dropout._modules[name]
+            weight = factor._parameters.get("weight")  # a quarter of the time of factor.weight
+            if not is_plain(weight):
+                return f"a factor of {name!r} is a {type(weight).__name__}"
+        dropout = dropouts[name]
         if type(dropout) not in (nn.Identity, nn.Dropout) or is_touched(dropout):
             return f"the dropout of {name!r} is not torch's own, or has hooks"
     return None

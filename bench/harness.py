@@ -76,8 +76,9 @@ def _loaded() -> str:
     PEFT_FAST_SHA says it where the code is a copy without git."""
     if told := os.environ.get("PEFT_FAST_SHA"):
         return told
-    changed = _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md")
-    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return _git("rev-parse", "--short", "HEAD") + (
+        "+" if _git("status", "--porcelain", "--", ":/", ":!/bench/results", ":!/*.md") else ""
+    )
 
 
 LOADED = _loaded()

@@ -115,7 +115,7 @@ class Calculated:
                 for depth in (2, 3)
             )  # fmt: skip
         return MemoryEstimate(
-            **{name: three_ + (count - 3) * (three_ - vars(two)[name]) for name, three_ in vars(three).items()}
+            **{name: max(0, n + (count - 3) * (n - vars(two)[name])) for name, n in vars(three).items()}
         )
 
     def of_a_layer(self, tokens: int) -> tuple[Kept, ...]:

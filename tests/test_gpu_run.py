@@ -110,13 +110,13 @@ def test_the_search_for_the_longest_row(longest):
 @pytest.mark.slow
 def test_trying_on_a_cpu_finds_what_was_calculated(tmp_path, monkeypatch):
     """The limit is what a step takes beside what is there; the small model has most of it in its tokens."""
-    arguments = ["memory_try", "--limit", "1.06", "--only", "peft_fast, norms recomputed", "--results", str(tmp_path)]
+    arguments = ["memory_try", "--limit", "1.03", "--only", "peft_fast, norms recomputed", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     assert memory_try.main() == 0
     (path,) = tmp_path.glob("*/memory.csv")
     with path.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert int(row["tried"]) > 16
+    assert 16 < int(row["tried"]) < 256
     assert int(row["tried"]) == pytest.approx(int(row["calculated"]), rel=0.1)
 
 

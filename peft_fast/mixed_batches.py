@@ -135,8 +135,9 @@ class MixedBatches:
         self, kwargs: Mapping[str, Any], offsets: Any, inputs: Tensor | None, generating: bool
     ) -> Iterator[None]:
         """Within, the active adapter is there from its invocation on, if it is one that is invoked."""
-        configs = self.base_model.peft_config if self.peft_type == PeftType.LORA else {}
-        names = [n for n in getattr(self.base_model, "active_adapters", []) if invocation_of(configs.get(n))]
+        is_lora = self.peft_type == PeftType.LORA  # of learned prompts base_model is the model itself
+        active = self.base_model.active_adapters if is_lora else ()
+        names = [name for name in active if invocation_of(self.base_model.peft_config[name])]
         if not names:
             if offsets is not None:
                 raise ValueError("alora_offsets are for adapters with alora_invocation_tokens, and none such is active")

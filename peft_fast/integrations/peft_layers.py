@@ -27,6 +27,7 @@ class Accelerated:
     """What all of them have. `original_class` is peft's class of the layer."""
 
     mixed_batch = None  # peft's own goes by an argument
+    invocations = ()  # peft's own activated adapters are variants
 
     original_class: Any
     backend: str | None = None

@@ -307,6 +307,8 @@ class TestRefused:
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="alora_invocation_tokens"):
             hotswap_adapter(model, tmp_path, "b")
+        with pytest.raises(ValueError, match="a mixed model looks for no invocations"):
+            peft_fast.get_peft_model(llama(), model.peft_config["default"], mixed=True)
         with pytest.raises(ValueError, match="alora_invocation_tokens"):
             peft_fast.AdapterStore(llama()).load("one", tmp_path)
         with pytest.raises(ValueError, match="alora_invocation_tokens"):

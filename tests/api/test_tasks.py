@@ -268,7 +268,7 @@ def test_attributes_fall_through(task):
     assert model.special_peft_forward_args == make(peft, task).special_peft_forward_args
     with pytest.raises(ValueError, match="task_ids"):
         model(task_ids=torch.zeros(1))
-    with pytest.raises(NotImplementedError, match="alora_offsets"):
+    with pytest.raises(ValueError, match="alora_offsets"):
         model(alora_offsets=[1])
 
 

@@ -86,8 +86,8 @@ class LoraConfig(PeftConfig):
       are trained as one too.
     runtime_config: a LoraRuntimeConfig.
     alora_invocation_tokens: activated LoRA (arXiv 2504.12397): the adapter is there from the last occurrence of these
-      token ids in a sample on, and the tokens before are the base model's. Of linear layers in causal language models;
-      cannot be merged.
+      token ids in a sample on, and the tokens before are the base model's. Of linear layers in causal language models,
+      in forward and generate of a PeftModel; cannot be merged.
     use_dora: a magnitude of its own for every out feature (arXiv 2402.09353); not together with lora_bias.
 
     Raises ValueError for a value out of range, NotImplementedError for an option that is not built yet.

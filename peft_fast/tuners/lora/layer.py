@@ -38,15 +38,8 @@ class LoraLayer(InvokedLayer):
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = (
-        "r",
-        "lora_alpha",
-        "scaling",
-        "lora_dropout",
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "invocations",
-    )
+        "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "invocations",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -139,3 +139,8 @@ def check_compatible(config: PeftConfig) -> None:
     if config.peft_type not in [kind.value for kind in COMPATIBLE]:
         names = ", ".join(kind.value for kind in COMPATIBLE)
         raise ValueError(f"a mixed model can have adapters of the methods {names}, got {config.peft_type}")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "a mixed model looks for no invocations, and the adapter would never be there: leave "
+            "alora_invocation_tokens out, or use get_peft_model without mixed=True"
+        )

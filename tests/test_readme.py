@@ -37,7 +37,7 @@ model = peft_fast.get_peft_model(
 ALONE = """
 import torch.distributed as dist
 rank = 0
-dist.init_process_group("gloo", init_method="file:///" + OUT + "/store", rank=0, world_size=1)
+dist.init_process_group("gloo", init_method="file://" + OUT + "/store", rank=0, world_size=1)
 """
 # {a line of the block: (what comes before it, what must be true after it)}
 AROUND = {
@@ -71,7 +71,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(code: str, folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    changes = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **changes}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

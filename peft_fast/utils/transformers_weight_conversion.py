@@ -20,7 +20,7 @@ def build_peft_weight_mapping(
     """
     from transformers.core_model_loading import WeightRenaming
 
-    method = getattr(peft_config, "peft_type", None)
+    method: Any = getattr(peft_config, "peft_type", None)
     known = [PEFT_TYPE_TO_PREFIX_MAPPING[method]] if method in PEFT_TYPE_TO_PREFIX_MAPPING else None
     prefixes = sorted(set(known or PEFT_TYPE_TO_PREFIX_MAPPING.values()))
     rules = [WeightRenaming(f"^{re.escape(PREFIX)}", "")]

@@ -22,6 +22,7 @@ HUB_ARGUMENTS = (
     "revision", "cache_dir", "token", "subfolder", "force_download", "local_files_only", "user_agent", "repo_type",
     "library_name", "library_version", "local_dir", "etag_timeout", "headers", "endpoint", "use_auth_token",
 )  # fmt: skip
+GONE = ("proxies",)  # huggingface_hub 1 has it no more; transformers passes on that there is none
 # peft takes these wherever an adapter is loaded and uses them for base models that accelerate has offloaded, if at all.
 WITHOUT_EFFECT = (
     "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "torch_dtype", "dtype",
@@ -33,7 +34,8 @@ STALE = 3600.0  # seconds after which nobody still works with a temporary file
 
 def check_hub_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise TypeError for a keyword that no file look-up understands: it would be lost otherwise."""
-    unknown = sorted(set(arguments) - set(HUB_ARGUMENTS))
+    none = {name for name in GONE if name in arguments and arguments[name] is None}
+    unknown = sorted(set(arguments) - set(HUB_ARGUMENTS) - none)
     if unknown:
         raise TypeError(f"unknown keyword arguments {unknown}: beside the documented ones these are {HUB_ARGUMENTS}")
 
@@ -57,6 +59,7 @@ def locate(model_id: str | os.PathLike[str], name: str, **hub_arguments: Any) ->
     Raises ValueError when the Hub cannot be asked (no such repository, no permission, no network).
     """
     check_hub_arguments(hub_arguments)
+    hub_arguments = {name: value for name, value in hub_arguments.items() if name not in GONE}
     subfolder = hub_arguments.get("subfolder") or ""
     if os.path.isdir(model_id):
         return newest(Path(model_id, subfolder, name))

@@ -57,8 +57,9 @@ class QuantizedLinear(nn.Module):
 
     def set_quantized_weight(self, weight: QuantizedWeight) -> None:
         """Put another weight of the same shape in place of this one. Its tensors are taken, not copied."""
-        if weight.shape != self.quantized_weight.shape:
-            raise ValueError(f"the layer's weight is {self.quantized_weight.shape}, got {weight.shape}")
+        shape = (self.out_features, self.in_features)
+        if weight.shape != shape:
+            raise ValueError(f"the layer's weight is {shape}, got {weight.shape}")
         self._take(weight)
 
     _lost = False  # its scales: see quantized_weight

@@ -14,6 +14,14 @@ from .offload import trainable_copy
 class AuxiliaryTrainingWrapper(nn.Module):
     """What stands in the place of a module that is trained beside the adapters of a method."""
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """{key in a file: name in this module}; transformers' load_adapter asks for it."""
+        holder: Any = getattr(self, "token_adapter", self)
+        return {
+            (key if holder is self else f"token_adapter.{key}"): (name if holder is self else f"token_adapter.{name}")
+            for key, name in holder.adapter_state_keys(adapter_name).items()
+        }
+
 
 class ModulesToSaveWrapper(AdapterHolder, AuxiliaryTrainingWrapper):
     """Stands in the place of `original_module`; each adapter has a trained copy of it.

@@ -240,6 +240,8 @@ def test_pushing_saves_first(llama, monkeypatch, tmp_path):
 
 def test_only_the_main_process_writes(llama, tmp_path):
     adapted(llama()).save_pretrained(tmp_path / "x", is_main_process=False)
+    # What accelerate's get_state_dict gives the other processes.
+    adapted(llama()).save_pretrained(tmp_path / "x", is_main_process=False, state_dict={})
     assert not (tmp_path / "x").exists()
 
 

@@ -60,8 +60,8 @@ LACKING = {
         r".*\.(TpInfo|dtensor_from_local_like|is_transformers_dtensor_tp|add_lora_tp_hooks_dtensor)",
         r".*\.get_tp_plan_and_mesh",
     ),
-    "transformers' own load_adapter on peft (PeftModel.from_pretrained loads)": (
-        r"peft\.utils\.transformers_weight_conversion\..*",
+    "how the weights of single experts are joined while transformers' own load_adapter reads (PeftModel's does it)": (
+        r"peft\.utils\.transformers_weight_conversion\.(?!build_peft_weight_mapping).*",
     ),
     "old versions of transformers": (r".*\.starcoder_model_postprocess_past_key_value",),
     "peft's own ways of choosing layers, registering methods, making weights": (

@@ -332,8 +332,8 @@ class TestStandingDown:
     @pytest.mark.parametrize(
         ("change", "because"),
         [
-            (lambda a: a.k.register_forward_hook(lambda *_: None), "one op"),
-            (lambda a: a.k.merge(), "one op"),
+            (lambda a: a.k.register_forward_hook(lambda *_: None), "one op, without k"),
+            (lambda a: a.k.merge(), "one op, without k"),
             (lambda a: [a.k.merge(), a.v.merge()], "one of them has merged adapters"),
             (lambda a: setattr(a.v, "backend", "torch"), "its layers have different backends"),
             (lambda a: a.v.base_layer.bfloat16(), "its layers multiply in different dtypes"),
@@ -343,10 +343,10 @@ class TestStandingDown:
     def test_reasons(self, change, because, calls):
         model = adapted()
         change(attention_of(model))
-        assert row(model) == ("group" if because == "one op" else "layers", f"q, k, v share their input: {because}")
+        assert row(model) == ("group" if "one op" in because else "layers", f"q, k, v share their input: {because}")
         if "dtypes" not in because:
             model(torch.randn(2, K))
-            assert calls == ([2] if because == "one op" else [])
+            assert calls == ([2] if "one op" in because else [])
 
     def test_dora_and_offloaded_layers_are_called(self, calls):
         model = adapted(use_dora=True)
@@ -373,7 +373,7 @@ class TestStandingDown:
         assert calls == [2]
         assert row(model) == ("group", "q, v share their input: one op")
         model.add_adapter("more", LoraConfig(r=2, target_modules=["k"], init_lora_weights=False))
-        assert row(model) == ("group", "q, k, v share their input: one op")
+        assert row(model) == ("group", "q, k, v share their input: one op, without k")
         model.base_model.set_adapter(["default", "more"])
         model(torch.randn(2, K))
         assert calls == [2, 3]

@@ -266,6 +266,6 @@ def choice(parent: nn.Module) -> Choice | None:
             routes.append("group")
             members = [member.layer for member in found[0]]
             called = [name for name, child in children.items() if all(child is not layer for layer in members)]
-            because = f"one op; {', '.join(called)} must be called" if called else "one op"
+            because = f"one op, without {', '.join(called)}" if called else "one op"
         reasons.append(f"{', '.join(names)} share their input: {because}")
     return Choice("lora_group", max(routes, default="layers"), "; ".join(reasons))

@@ -251,6 +251,14 @@ def test_layers_of_one_input_are_whitened_once(llama, data):
     for name, size in zip(names, sizes):
         torch.testing.assert_close(whitened[name] / size[:, None], plain[name])
         torch.testing.assert_close(size, sizes[0][: len(size)])
+    eva, q = {"rho": 1.0, "whiten": True}, names[0]
+    shared, alone = (
+        peft_fast.get_eva_state_dict(
+            llama(), data, config(peft_fast, eva, target_modules=targets), show_progress_bar=False
+        )
+        for targets in (["q_proj", "k_proj", "v_proj"], ["q_proj"])
+    )
+    torch.testing.assert_close(shared[q], alone[q])
     assert sizes[0][0] < sizes[0][-1]  # the larger a singular value, the smaller it is made
 
 

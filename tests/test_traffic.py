@@ -11,7 +11,7 @@ import peft_fast
 from bench.counts import SHAPES_ONLY, base_bytes, layer_passes, llama_layer, measure, passes
 from bench.traffic import BY_TABLE, KERNELS, extent, of_kernel
 from peft_fast.dispatch import use_backend, use_route
-from peft_fast.ops import lora_embedding, lora_group, lora_up_add, scale_columns
+from peft_fast.ops import group_rows, lora_embedding, lora_group, lora_up_add, scale_columns
 from peft_fast.quant.bitsandbytes import read_linear
 
 from . import embedding_cases, lora_cases, mlp_cases, test_lora_group
@@ -226,4 +226,5 @@ def test_kernels_load_and_store_what_the_rule_says():
         A, B = (t.detach().requires_grad_() for t in (case.A, case.B))
         y = lora_embedding(torch.randperm(V), case.weight, A, B, 1.0)
         torch.autograd.grad(y.sum(), [A, B])
+        group_rows(torch.arange(3), 3)  # as many pieces as there can be
     assert set(seen.launches) == set(KERNELS) - BY_TABLE

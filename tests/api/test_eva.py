@@ -280,7 +280,7 @@ class TestRefused:
         with untouched(model), pytest.raises(ValueError, match="merged"):
             peft_fast.initialize_lora_eva_weights(model, eva_state_dict=good)
 
-    def test_data_that_do_not_do(self, llama, data, untouched):
+    def test_data_that_do_not_do(self, llama, data, untouched, monkeypatch):
         model = peft_fast.get_peft_model(llama(), config(peft_fast))
         small = [{"input_ids": batch["input_ids"][:1, :3]} for batch in data]  # 3 rows: peft goes on for ever
         read_once = (batch for batch in data)
@@ -288,6 +288,10 @@ class TestRefused:
         for match, batches in wrong.items():
             with untouched(model), pytest.raises(ValueError, match=match):
                 peft_fast.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+        monkeypatch.setattr("peft_fast.tuners.lora.eva.EPOCHS", 3)
+        never = peft_fast.get_peft_model(llama(), config(peft_fast, eva={"tau": 1.0}))
+        with untouched(never), pytest.raises(ValueError, match=r"not settled after 3 readings.*a tau below 1.0"):
+            peft_fast.initialize_lora_eva_weights(never, data, show_progress_bar=False)  # peft goes on for ever
         wide = adapted(peft_fast, llama(), r=40)
         with pytest.raises(ValueError, match="64 features, fewer than the 80 ranks"):
             peft_fast.initialize_lora_eva_weights(wide, data, show_progress_bar=False)

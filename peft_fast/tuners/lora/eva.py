@@ -31,6 +31,7 @@ from .config import LoraConfig
 from .eva_weights import checked_model, write_components
 
 MOST_RHO = 1000  # beyond it, the model's widest layer bounds the ranks
+EPOCHS = 1000  # of the data, after which components that have not settled will not: tau too close to 1
 
 PrepareLayerInputs = Callable[[Any, Any, str], Tensor]
 
@@ -356,6 +357,12 @@ class _Search:
             raise ValueError(
                 f"no batch has the {self.components[idle[0]].count} rows (r * rho) that {idle[0]} needs: give larger "
                 "batches, a smaller r or rho, or use_label_mask=False"
+            )
+        if epoch >= EPOCHS:
+            left = self.wanted()
+            raise ValueError(
+                f"the components of {left[0]} have not settled after {EPOCHS} readings of the data: give more data, or "
+                f"a tau below {self.config.eva_config.tau}"
             )
 
     def distribute(self) -> None:

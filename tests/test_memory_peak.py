@@ -20,7 +20,7 @@ def test_the_peak_of_known_allocations():
 
 
 @pytest.mark.parametrize(("p", "most"), [(0.0, 0.75), (0.05, 0.5)])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_on_a_prepared_model(autocast, p, most):
     setting = Setting("4-bit", True, autocast, p)
     with torch.compiler.set_stance("force_eager"):

@@ -21,6 +21,7 @@ class SharingLayer(AddedLayer):
     """A layer with the model's tensors as attributes: `shared` are their names, {adapter: tensor} each."""
 
     shared: ClassVar[tuple[str, ...]]
+    adds_to_weight = True
 
     def update_layer(self, adapter_name: str, *, config: Any, **options: Any) -> None:
         for name, of_model in zip(self.shared, options["tensors"]):

@@ -67,7 +67,7 @@ def results(call, layer: nn.Module, tokens: int, train: bool, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("base", "attention"),
     [
-        ("dense", "eager"),
+        pytest.param("dense", "eager", marks=pytest.mark.slow),
         ("4-bit", "sdpa"),
         pytest.param("dense", "sdpa", marks=pytest.mark.slow),
         pytest.param("4-bit", "eager", marks=pytest.mark.slow),

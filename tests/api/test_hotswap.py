@@ -46,7 +46,13 @@ def outputs(model, tokens):
 
 
 @pytest.mark.parametrize(
-    ("base", "options"), [("llama", {}), ("llama_4bit", {}), ("llama", {"use_dora": True})], ids=str
+    ("base", "options"),
+    [
+        ("llama", {}),
+        pytest.param("llama_4bit", {}, marks=pytest.mark.slow),
+        pytest.param("llama", {"use_dora": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_twenty_adapters_compile_once(base, options, request, adapter, tokens):
     def build():

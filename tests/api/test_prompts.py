@@ -271,6 +271,7 @@ class TestTheBaseModel:
             results.append((loss, gradients(model)))
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["prefix", "prompt"])
     def test_compiled(self, method):
         model = prompted(peft_fast, method, "llama", "CAUSAL_LM").eval()

@@ -25,6 +25,7 @@ def loss_of(folder, model) -> float:
         return float(read(input_ids=rows(4), labels=rows(4)).loss)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_write_one_adapter(tmp_path):
     """Dense, and our own 4-bit layer; batches of which the last is uneven."""
     one, other = two("fsdp2", tmp_path, "dense", "nf4")

@@ -314,6 +314,7 @@ def test_it_goes_before_a_real_peft_that_is_not_loaded(run):
     assert run(FIRST, peft=True) == "first\n"
 
 
+@pytest.mark.slow
 def test_the_environment_variable(run, monkeypatch):
     code = "import peft_fast, peft, sys; print(peft.PeftModel is peft_fast.PeftModel)"
     assert run(code, PEFT_FAST_AS_PEFT="1") == "True\n"

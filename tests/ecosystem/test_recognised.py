@@ -118,6 +118,7 @@ def test_torchs_fully_shard_derives_from_our_class(tmp_path):
     assert run(SHARDED, str(tmp_path / "store")) == "sharded"
 
 
+@pytest.mark.slow
 def test_without_peft_a_model_is_what_it_is_and_is_recognised_from_its_import_on():
     assert run(UNSEEN) == "seen"
 

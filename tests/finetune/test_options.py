@@ -14,11 +14,11 @@ from .helpers import ROOT, finished, parse_output
 @pytest.mark.parametrize(
     "changed",
     [
-        pytest.param(["--bits", "16"], id="16-bit"),
+        pytest.param(["--bits", "16"], id="16-bit", marks=pytest.mark.slow),
         pytest.param(["--bits", "8"], id="8-bit"),
-        pytest.param(["--precision", "bf16"], id="bf16"),
+        pytest.param(["--precision", "bf16"], id="bf16", marks=pytest.mark.slow),
         pytest.param(["--packing"], id="packing"),
-        pytest.param(["--optimizer", "adafactor"], id="adafactor"),
+        pytest.param(["--optimizer", "adafactor"], id="adafactor", marks=pytest.mark.slow),
         pytest.param(["--warmup", "2", "--alpha", "4", "--seed", "3", "--backend", "torch"], id="the-rest"),
     ],
 )

@@ -77,6 +77,7 @@ def test_resuming_continues_exactly(arguments, tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.slow
 def test_resume_alone_takes_the_newest_checkpoint(arguments, tmp_path):
     finished([*arguments, "--save-every", "2"])
     resumed = finished([*arguments, "--save-every", "2", "--steps", "6", "--resume"])
@@ -139,6 +140,7 @@ def test_a_subset_of_the_layers_learns_on_a_cpu(arguments, tmp_path, bits):
     assert metrics["heldout_loss"]["adapter_disabled"] == metrics["heldout_loss"]["before"]
 
 
+@pytest.mark.slow
 def test_8_bits(arguments, tmp_path, monkeypatch):
     """The adapter on a reloaded base, and the same training with bitsandbytes' layers and without bitsandbytes."""
     with_it = finished([*arguments, "--bits", "8"])
@@ -177,7 +179,7 @@ def test_which_layers_a_base_has(arguments, model_folder, tmp_path, monkeypatch)
     assert classes(model_folder) == classes(model_folder, "--bits", "8") == {"QuantizedLinear"}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_model_that_is_stored_quantised(arguments, tmp_path, bits, capsys):
     stored = tmp_path / "stored"
     base_model.load_base(parse([*arguments, "--bits", str(bits)])).save_pretrained(stored)
@@ -208,6 +210,7 @@ def test_recomputing_changes_memory_and_nothing_else(arguments, tmp_path):
     assert of_recomputed < 0.8 * of_plain
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_larger_batch(arguments, tmp_path):
     whole = finished(arguments)
     parts = [*arguments, "--batch-size", "2", "--gradient-accumulation", "2", "--output", str(tmp_path / "parts")]
@@ -267,7 +270,7 @@ def test_metrics_are_strict_json(arguments, tmp_path):
     assert (document["a"], document["b"]) == (None, [[1, None]])
 
 
-@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize("bits", ["4", pytest.param("8", marks=pytest.mark.slow)])
 def test_peft_and_bitsandbytes_reach_the_same_loss(arguments, bits):
     from bench import finetune_parity
 

@@ -32,5 +32,6 @@ def test_killed_at_random_moments(tmp_path, trials):
     assert seen["one"] + seen["two"] == trials
 
 
+@pytest.mark.slow
 def test_every_process_of_a_job_saves(tmp_path):
     assert run(tmp_path, "together") == {"failed": 0, "left": 0}

@@ -18,7 +18,6 @@ class RandLoraLayer(SharingLayer):
     randlora_dropout: dict[str, float]
     scaling: dict[str, float]
     method = "randlora"
-    adds_to_weight = True
     shared = ("randlora_A", "randlora_B")
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
     other_param_names = (*shared, "randlora_dropout", "r", "scaling")

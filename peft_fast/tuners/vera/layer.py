@@ -17,6 +17,7 @@ from peft_fast.tuners.low_rank import LowRankLinear
 class VeraLayer(LowRankLinear):
     """vera_lambda_b [N], vera_lambda_d [r] by adapter; vera_A, vera_B: the model's, [r, widest K] and [widest N, r]."""
 
+    adds_to_weight = True
     vera_lambda_b: nn.ParameterDict
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")

@@ -30,7 +30,7 @@ from bench.harness import LOADED, RESULTS, _version, device_name, folder_of
 
 LIMIT = 470  # seconds for all: a call on a lent card has ten minutes
 ROOT = Path(__file__).parents[1]
-WORKERS = min(8, os.cpu_count() or 1)  # of pytest: the suite compiles more than it runs
+WORKERS = min(16, os.cpu_count() or 1)  # of pytest: the suite compiles more than it runs
 SECONDS = "SECONDS"  # in a command: how long a stage may begin new work
 GRACE = 8  # seconds between a stage's limit and its end by force
 IMPORTS, LAST = 15, 15  # of a stage's seconds: before its first work, and for work that was begun

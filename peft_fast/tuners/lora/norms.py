@@ -89,7 +89,8 @@ def _kind_by_trial(module: Any) -> Kind | None:
 
 
 def _twin(module: Any, weight: Tensor) -> Any:
-    trial: Any = type(module).__new__(type(module))
+    cls: Any = type(module)
+    trial = cls.__new__(cls)
     nn.Module.__init__(trial)
     vars(trial).update({name: value for name, value in vars(module).items() if name not in vars(trial)})
     trial.weight = nn.Parameter(weight, requires_grad=False)

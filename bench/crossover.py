@@ -100,15 +100,27 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     rows: list[Row] = []
-    start = time.perf_counter()
+    left, errors, start = 0, [], time.perf_counter()
+    path = folder_of(device, options.results) / "crossover.csv"
     for (N, K), kind, dx, M in tqdm(list(itertools.product(shapes, ("nf4", "int8"), (False, True), TOKENS))):
-        if not options.seconds or time.perf_counter() - start < options.seconds:
-            rows += measure(case(N, K, M, kind, torch.bfloat16, device, dx), device, options.rounds)
+        if options.seconds and time.perf_counter() - start > options.seconds:
+            left += 1
+            continue
+        try:
+            found = list(measure(case(N, K, M, kind, torch.bfloat16, device, dx), device, options.rounds))
+        except Exception as error:  # noqa: BLE001 (a red gate, a kernel that does not compile: the others can still run)
+            errors.append(f"{'dx' if dx else 'forward'} {kind}:{N}x{K} M={M}: {type(error).__name__}: {error}")
+            continue
+        rows += found
+        append(found, path)  # at once: the stage may be ended
     print(device_name(device))
-    print(table(rows))
-    print("\n".join(crossovers(rows)))
-    append(rows, folder_of(device, options.results) / "crossover.csv")
-    return 0
+    if rows:
+        print(table(rows))
+        print("\n".join(crossovers(rows)))
+    print("\n".join(errors), file=sys.stderr)
+    if left:
+        print(f"{left} cases not run after {options.seconds} s", file=sys.stderr)
+    return int(bool(errors or left))
 
 
 if __name__ == "__main__":

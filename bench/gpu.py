@@ -5,9 +5,9 @@
     python -m bench.gpu --rehearse    the same stages on the CPU and in Triton's interpreter, on the smallest shapes
     python -m bench.gpu --only ops --again
 
-A stage is a process with a time limit of its own. What came of it is in bench/results/<device>/gpu.json, its output in
-<stage>.log there; after an error or a time-out the other stages run all the same, and the next call begins with what is
-missing. Exit status: 0 where every stage has succeeded.
+A stage is a process with a time limit of its own, and may use what the stages before it left. What came of it is in
+bench/results/<device>/gpu.json, its output in <stage>.log there; after an error or a time-out the other stages run all
+the same, and the next call begins with what is missing. Exit status: 0 where every stage has succeeded.
 """
 
 import argparse
@@ -15,9 +15,11 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,18 @@ from bench.harness import LOADED, RESULTS, _version, device_name, folder_of
 
 LIMIT = 470  # seconds for all: a call on a lent card has ten minutes
 ROOT = Path(__file__).parents[1]
-WORKERS = min(8, os.cpu_count() or 1)  # of pytest: the suite compiles more than it runs
-COMPARE = ["--steps", "8", "--seq-len", "1024", "--batch-size", "2"]
+WORKERS = min(16, os.cpu_count() or 1)  # of pytest: the suite compiles more than it runs
+SECONDS = "SECONDS"  # in a command: how long a stage may begin new work
+GRACE = 8  # seconds between a stage's limit and its end by force
+IMPORTS, LAST = 15, 15  # of a stage's seconds: before its first work, and for work that was begun
+COMPARE = ["--seq-len", "2048", "--batch-size", "2", "--gradient-checkpointing"]  # the recipe that goals are set for
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
     command: tuple[str, ...]  # after the interpreter
-    seconds: int  # at the most
+    seconds: int  # at the most, and what others left
     everything: tuple[str, ...]  # in place of `command` with --all
     rehearsal: tuple[str, ...]  # with --rehearse
 
@@ -54,30 +59,33 @@ def stages(results: Path) -> tuple[Stage, ...]:
     tiny = ("--seq-len", "32", "--batch-size", "1", "--steps", "1", "--rank", "4", *to)
     return (
         Stage(
-            "tests", (*suite, "(kernel or gpu) and not slow"), 170, (*suite, "kernel or gpu"),
+            "tests", (*suite, "(kernel or gpu) and not slow"), 150, (*suite, "kernel or gpu"),
             ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel and not slow", "tests/test_glu.py"),
         ),
         Stage(
-            "ops", ("-m", "bench.run", "--rounds", "11", "--seconds", "70", *to), 100, ("-m", "bench.run", *to),
+            "ops", ("-m", "bench.run", "--rounds", "11", "--seconds", SECONDS, "--missing", *to), 90,
+            ("-m", "bench.run", *to),
             ("-m", "bench.run", "--rounds", "2", "--only", "layer_host", *to),
         ),
         Stage(
             "crossover",
-            ("-m", "bench.crossover", "--rounds", "7", "--seconds", "30", "--shapes", "4096x4096,14336x4096", *to), 50,
+            ("-m", "bench.crossover", "--rounds", "7", "--seconds", SECONDS, "--shapes", "4096x4096,14336x4096", *to),
+            50,
             ("-m", "bench.crossover", *to), ("-m", "bench.crossover", "--rehearse", *to),
         ),
         Stage(
-            "compare", ("-m", "bench.compare", "--model", model, *COMPARE, *to), 70,
-            ("-m", "bench.compare", "--model", model, "--seq-len", "2048", "--gradient-checkpointing", *to),
+            "compare", ("-m", "bench.compare", "--model", model, *COMPARE, "--steps", "6", *to), 90,
+            ("-m", "bench.compare", "--model", model, *COMPARE, *to),
             ("-m", "bench.compare", *tiny),
         ),
         Stage(
-            "profile", ("-m", "bench.profile", "--model", "llama-3.2-1b", "--seq-len", "1024", *to), 40,
+            "profile",
+            ("-m", "bench.profile", "--model", "llama-3.2-1b", "--seq-len", "1024", "--profiled-steps", "3", *to), 45,
             ("-m", "bench.profile", "--model", model, *to),
             ("-m", "bench.profile", "--profiled-steps", "1", *tiny),
         ),
         Stage(
-            "memory", ("-m", "bench.memory_try", "--model", "llama-3.2-1b", "--seconds", "25", *to), 40,
+            "memory", ("-m", "bench.memory_try", "--model", "llama-3.2-1b", "--seconds", SECONDS, *to), 45,
             ("-m", "bench.memory_try", "--model", model, "--seconds", "600", *to),
             ("-m", "bench.memory_try", "--seconds", "5", "--only", "peft_fast, norms", *to),
         ),
@@ -133,10 +141,30 @@ def run_stage(command: tuple[str, ...], seconds: float, log: Path, rehearse: boo
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its workers too: the group is the one that was made here
-            process.wait()
+            process.send_signal(signal.SIGINT)  # pytest says then which tests have failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             return "timed out", time.perf_counter() - start
+        finally:
+            _end(process)
     return ("done" if code == 0 else "failed"), time.perf_counter() - start
+
+
+def _end(process: subprocess.Popen) -> None:
+    """It and what it has started and left: the group is the one that was made for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
+    """Of `left`: what the stages after it do not need, or, where others took too much, no more than its own."""
+    return max(min(stage.seconds, left), left - sum(other.seconds for other in later)) - GRACE
+
+
+def filled(command: tuple[str, ...], seconds: float, again: bool) -> tuple[str, ...]:
+    parts = (f"{max(1, seconds - IMPORTS - LAST):.0f}" if part == SECONDS else part for part in command)
+    return tuple(part for part in parts if not (again and part == "--missing"))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -169,16 +197,18 @@ def main(arguments: list[str] | None = None) -> int:
     kind = "rehearsal" if given.rehearse else "all" if given.all else "budget"
     folder, run = folder_of(device, given.results), this_run(device, kind)
     state, begin, statuses = State(folder / "gpu.json"), time.perf_counter(), []
-    for stage in stages(given.results):
-        if stage.name not in given.only:
-            continue
+    wanted = [stage for stage in stages(given.results) if stage.name in given.only]
+    ahead = [stage for stage in wanted if given.again or not state.is_done(stage.name, run)]
+    for stage in wanted:
         if state.is_done(stage.name, run) and not given.again:
             print(f"{stage.name:10} done before, at {run['sha']}", flush=True)
             statuses.append("done")
             continue
         command = stage.rehearsal if given.rehearse else stage.everything if given.all else stage.command
+        ahead.remove(stage)
         left = LIMIT - (time.perf_counter() - begin)
-        seconds = min(stage.seconds, left) if kind == "budget" else 7200
+        seconds = seconds_for(stage, ahead, left) if kind == "budget" else 7200
+        command = filled(command, seconds, given.again)
         if seconds < 5:
             status, took = "no time left", 0.0
         else:
@@ -186,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         today = datetime.date.today().isoformat()
         state.write(stage.name, {**run, "status": status, "seconds": round(took, 1), "date": today})
         print(f"{stage.name:10} {status} after {took:.0f} s: {folder / f'{stage.name}.log'}", flush=True)
-        if status != "done":
+        if status not in ("done", "no time left"):  # which has no log
             print("\n".join((folder / f"{stage.name}.log").read_text().splitlines()[-12:]), flush=True)
         statuses.append(status)
     print(f"results in {folder}; python -m bench.readme puts them into the README")

@@ -68,7 +68,10 @@ def _version(name: str) -> str:
 
 
 def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    try:
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except FileNotFoundError:  # a lent machine may have no git
+        return ""
 
 
 def _loaded() -> str:

@@ -128,20 +128,19 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if on_gpu else "cpu")
     ways = [way for way in WAYS if given.only in way.name and "layers, " not in way.name]
-    recipe, limit, rows = Recipe(models.config_of(given.model), rank=given.rank), int(given.limit * GIB), []
+    recipe, limit = Recipe(models.config_of(given.model), rank=given.rank), int(given.limit * GIB)
+    path = folder_of(device, given.results) / "memory.csv"
     for way in ways:
         found = tried(given.model, way, given.rank, limit, device, given.seconds / len(ways))
         length = max(64, found)
         calculated = Calculated(way, recipe).longest(limit - RESERVED, at=(max(32, length // 2), length))
-        rows.append(
-            {
-                "date": datetime.date.today().isoformat(), "sha": LOADED, "device": device_name(device),
-                "torch": torch.__version__, "model": given.model, "rank": given.rank, "limit_gib": given.limit,
-                "way": way.name, "tried": found, "calculated": calculated,
-            }
-        )  # fmt: skip
+        row = {
+            "date": datetime.date.today().isoformat(), "sha": LOADED, "device": device_name(device),
+            "torch": torch.__version__, "model": given.model, "rank": given.rank, "limit_gib": given.limit,
+            "way": way.name, "tried": found, "calculated": calculated,
+        }  # fmt: skip
+        append([row], path)  # at once: the stage may be ended
         print(f"{given.model}, {given.limit:g} GiB, {way.name}: {found:,} tokens tried, {calculated:,} calculated")
-    append(rows, folder_of(device, given.results) / "memory.csv")
     return 0
 
 

@@ -1,8 +1,12 @@
 """The benchmarks' harness and picture: a red gate gives no number, the last run of a case is drawn."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from bench import harness, run
 from bench.harness import AGAIN, Case, append, measure, table
 from bench.plot import newest, plot, ratios
 
@@ -60,3 +64,43 @@ def test_nothing_to_draw_is_said(tmp_path):
     append(list(measure(case(), CPU, rounds=2))[:1], path)
     with pytest.raises(ValueError, match="no case with peft_fast and a baseline"):
         plot(path)
+
+
+def test_an_error_costs_no_more_than_its_case(tmp_path, monkeypatch):
+    """What is measured is in the file at once; the next run has what is missing, and a red gate is missing."""
+
+    def red() -> None:
+        raise AssertionError("ours is wrong")
+
+    def cases(device):
+        yield from (case(shape="1"), case(red, shape="2"), case(shape="3"))
+        raise RuntimeError("no memory for the next")
+
+    path, module = tmp_path / "ops.csv", SimpleNamespace(cases=cases, __name__="bench_x")
+    monkeypatch.setattr(run, "LOADED", "abc1234")
+    monkeypatch.setattr(harness, "LOADED", "abc1234")
+    first = run.Run(CPU, 2, "", path, run.measured(path))
+    first.module(module, float("inf"))
+    assert first.errors == [
+        "product 2: AssertionError: ours is wrong",
+        "bench_x: RuntimeError: no memory for the next",
+    ]
+    assert run.measured(path) == {("product", shape, "float32", "forward") for shape in "13"}
+    again = run.Run(CPU, 2, "", path, run.measured(path))
+    again.module(module, float("inf"))
+    assert again.rows == []
+    assert again.errors == first.errors
+    late = run.Run(CPU, 2, "", path, set())
+    late.module(module, time.perf_counter() - 1)
+    assert late.left == ["bench_x from product 1 on"]
+    monkeypatch.setattr(run, "LOADED", "def5678")
+    assert run.measured(path) == set()
+
+
+def test_a_machine_without_git(monkeypatch):
+    def absent(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.delenv("PEFT_FAST_SHA", raising=False)
+    monkeypatch.setattr(harness.subprocess, "run", absent)
+    assert harness._loaded() == ""

@@ -27,6 +27,18 @@ def test_a_case_of_the_host():
     assert all(row.median_ms > 0 for row in rows)
 
 
+def test_a_library_without_a_graph(monkeypatch, capsys):
+    def graphed(run):
+        return run() or run
+
+    def not_capturable():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(bench_layer, "graphed", graphed)
+    assert list(bench_layer.graphs({"peft": not_capturable, "ours": lambda: None})) == ["ours, CUDA graph"]
+    assert "no CUDA graph of peft: operation not permitted" in capsys.readouterr().err
+
+
 def test_widths():
     assert bench_layer.config_for(torch.device("cuda")).hidden_size == 4096
     config = bench_layer.config_for(CPU)

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import sys
+import threading
 
 import pytest
 import torch
@@ -97,6 +99,34 @@ def test_table_and_rows():
     assert report.in_words(rows[:1]) == ""
     for part in ("2.00x", "5 (0.50x)", "2 (0.25x)", "3.0000 -> 2.0000", "1.0e-01"):
         assert part in text, part
+
+
+def _program(tmp_path, text):
+    path = tmp_path / "program"
+    path.write_text(f"#!{sys.executable}\nimport sys\n{text}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_library_that_says_much_is_not_stopped(tmp_path, monkeypatch):
+    """More than a pipe holds."""
+    text = "sys.stderr.write('warning ' * 30_000)\nprint('{\"trained\": 1}', flush=True)\n"
+    monkeypatch.setattr(command.sys, "executable", _program(tmp_path, text))
+    made, answers = command.Worker("peft", options.parse(SMALL)[0]), []
+    thread = threading.Thread(target=lambda: answers.append(made.answer()), daemon=True)
+    thread.start()
+    thread.join(20)
+    made.stop()
+    assert answers == [{"trained": 1}]
+
+
+def test_a_library_that_ends_before_it_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.sys, "executable", _program(tmp_path, "sys.exit('no such package')\n"))
+    made = command.Worker("peft", options.parse(SMALL)[0])
+    made.process.wait()
+    with pytest.raises(RuntimeError, match="peft ended with an error:\nno such package"):
+        made.ask("load")
+    made.stop()
 
 
 @pytest.mark.slow

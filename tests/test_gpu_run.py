@@ -35,13 +35,15 @@ def test_a_stage_is_done_once_for_a_commit_and_a_card(tmp_path):
         ("print('x')", 60, "done"),
         ("raise SystemExit(3)", 60, "failed"),
         ("import time; time.sleep(60)", 1, "timed out"),
+        ("try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt:\n print('x')", 3, "timed out"),
     ],
 )
 def test_how_a_stage_ends(tmp_path, code, seconds, status):
     found, took = run_stage(("-c", code), seconds, tmp_path / "log", rehearse=True)
     assert found == status
     assert took < 30
-    assert (tmp_path / "log").read_text() == ("x\n" if status == "done" else "")
+    said = (tmp_path / "log").read_text()
+    assert said == "x\n" if "print" in code else "x" not in said  # what was ended may still say how far it came
 
 
 def test_a_run_goes_on_after_a_failure_and_begins_with_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -90,6 +92,45 @@ def test_stages_fit_the_limit_and_their_files_are_there(tmp_path):
     assert "tests/test_lora_matrix.py" in files
     assert all((ROOT / name).is_file() for name in files)
     assert not any("ecosystem" in name for name in files)
+
+
+def test_a_stage_has_what_others_left():
+    made = [Stage(name, (), seconds, (), ()) for name, seconds in (("a", 150), ("b", 90), ("c", 40))]
+    assert gpu.seconds_for(made[0], made[1:], 280) == 150 - gpu.GRACE
+    assert gpu.seconds_for(made[1], made[2:], 270) == 230 - gpu.GRACE
+    assert gpu.seconds_for(made[1], made[2:], 100) == 90 - gpu.GRACE  # what it does not use is the next one's
+    assert gpu.seconds_for(made[2], [], 3) < 0
+    command = ("-m", "bench.run", "--seconds", gpu.SECONDS, "--missing")
+    assert gpu.filled(command, 90, False) == ("-m", "bench.run", "--seconds", "60", "--missing")
+    assert gpu.filled(command, 10, True) == ("-m", "bench.run", "--seconds", "1")
+
+
+def test_no_time_left_for_a_stage(tmp_path, monkeypatch, capsys):
+    made = (Stage("ops", ("-c", "0"), 5, (), ("-c", "0")),)
+    monkeypatch.setattr(gpu, "stages", lambda results: made)
+    monkeypatch.setattr(gpu, "seconds_for", lambda *_: 0.0)
+    monkeypatch.setattr(gpu, "device_name", lambda device: "a card")
+    monkeypatch.setattr(gpu, "folder_of", lambda device, results: tmp_path / "a-card")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    assert gpu.main(["--results", str(tmp_path)]) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
+def test_what_was_tried_is_in_the_file_at_once(tmp_path, monkeypatch):
+    def tried(shape, way, *_):
+        if "norms" in way.name:
+            raise KeyboardInterrupt
+        return 100
+
+    arguments = ["memory_try", "--model", "small", "--only", "peft_fast", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(memory_try, "tried", tried)
+    monkeypatch.setattr(memory_try.Calculated, "longest", lambda *_, **__: 100)
+    monkeypatch.setattr(memory_try.Calculated, "_model", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        memory_try.main()
+    (path,) = tmp_path.glob("*/memory.csv")
+    assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("longest", [0, 511, 512, 513, 4000, 100_000, 262_144, 10**9])

@@ -13,6 +13,7 @@ from bench.counts import measure
 from peft_fast import ops
 from peft_fast.kernels import segments
 
+from .conftest import INTERPRETING
 from .multi_cases import check_against_fp64, check_to_1e_5, make_case
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -107,6 +108,7 @@ def test_any_batch_in_torch(batch):
 
 @pytest.mark.kernel
 @pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETING, reason="on the CPU")
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(batches())
 def test_any_batch_in_the_interpreter(batch):

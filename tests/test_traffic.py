@@ -15,6 +15,7 @@ from peft_fast.ops import group_rows, lora_embedding, lora_group, lora_up_add, s
 from peft_fast.quant.bitsandbytes import read_linear
 
 from . import embedding_cases, lora_cases, mlp_cases, test_lora_group
+from .conftest import INTERPRETING
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +199,7 @@ def addresses(pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> np.ndarr
 
 
 @pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRETING, reason="looks into the interpreter")
 def test_kernels_load_and_store_what_the_rule_says():
     FP16, FP32 = torch.float16, torch.float32
     with Accesses() as seen, use_backend("triton"):

@@ -7,6 +7,8 @@ a machine that slows down slows all of them; the one that begins changes from st
 import json
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +28,31 @@ class Worker:
         given = json.dumps({"provider": provider, "options": options.as_dict()})
         command = [sys.executable, "-m", "bench.compare.worker", given]
         self.provider = provider
+        # A pipe that nobody reads would stop it when it is full.
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `stop`)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
 
     def answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            said = self.process.stderr.read().strip().splitlines()[-15:]  # type: ignore[union-attr]
+            self.process.wait()
+            self.said.seek(0)
+            said = self.said.read().strip().splitlines()[-15:]
             raise RuntimeError(f"{self.provider} ended with an error:\n" + "\n".join(said))
         return json.loads(line)
 
     def ask(self, command: str) -> dict[str, Any]:
-        print(command, file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended: `answer` says why
+            print(command, file=self.process.stdin, flush=True)
         return self.answer()
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.said.close()
 
 
 def compare(options: Options, providers: list[str]) -> dict[str, dict[str, Any]]:
@@ -52,9 +60,11 @@ def compare(options: Options, providers: list[str]) -> dict[str, dict[str, Any]]
     workers: dict[str, Worker] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
+        for provider in providers:
+            workers[provider] = Worker(provider, options)  # which import at the same time
         for provider in tqdm(providers, desc="loading", unit="library", disable=None):
-            workers[provider] = Worker(provider, options)  # one after the other: loading takes the most memory
-            found[provider] = {"seconds": [], "losses": [], **workers[provider].answer()}
+            # One after the other: loading takes the most memory.
+            found[provider] = {"seconds": [], "losses": [], **workers[provider].ask("load")}
         for number in tqdm(range(options.steps), desc="training", unit="step", disable=None):
             for i in range(len(providers)):
                 provider = providers[(number + i) % len(providers)]

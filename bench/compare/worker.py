@@ -1,9 +1,9 @@
-"""One library in a process of its own: builds the model, then does what it reads, a command a line; answers in JSON.
+"""One library in a process of its own: imports it, then does what it reads, a command a line; answers in JSON.
 
     python -m bench.compare.worker '{"provider": "peft_fast", "options": {...}}'
 
-Commands: "step" (one training step: forward, backward, AdamW), "memory" (of one more), "quit". What libraries print
-goes to stderr: the answers have the real stdout for themselves.
+Commands: "load" (the model, and a warm-up), "step" (one training step: forward, backward, AdamW), "memory" (of one
+more), "quit". What libraries print goes to stderr: the answers have the real stdout for themselves.
 """
 
 import importlib
@@ -135,14 +135,20 @@ def main() -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     given = json.loads(sys.argv[1])
-    training = Training(given["provider"], Options(**given["options"]))
-    for _ in range(WARM_UP):
-        training.step()
-    answer(trained=sum(p.numel() for p in training.trained))
+    if given["provider"] != "unsloth":  # which is imported before all else
+        importlib.import_module(given["provider"])
+        importlib.import_module("bench.compare.models")
+    training: Any = None
     for line in sys.stdin:
         command = line.strip()
         if command == "quit":
             return
+        if command == "load":
+            training = Training(given["provider"], Options(**given["options"]))
+            for _ in range(WARM_UP):
+                training.step()
+            answer(trained=sum(p.numel() for p in training.trained))
+            continue
         answer(**(training.step() if command == "step" else training.memory()))
 
 

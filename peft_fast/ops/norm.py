@@ -26,7 +26,7 @@ SOURCE = "_peft_fast_source"  # on a tensor: (its Source, its version when it wa
 class Recipe(NamedTuple):
     """What of a norm is no tensor."""
 
-    eps: float
+    eps: float | None
     kind: Kind
 
 
@@ -72,11 +72,12 @@ class _RMSNorm(torch.autograd.Function):
         return torch.autograd.grad(y, own, dy)[0], None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: Kind = "llama") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None, kind: Kind = "llama") -> Tensor:
     """y [..., K] = weight [K] * x [..., K] / sqrt(mean(x^2) + eps); keeps x, and not y where an op of ours reads it.
 
     kind    where it rounds: "llama" normalises in fp32, rounds to x's dtype and multiplies then; "gemma" multiplies by
             1 + weight in fp32 and rounds once; "torch" is torch.nn.functional.rms_norm
+    eps     None: what torch.nn.functional.rms_norm takes then, which differs by version and dtype
 
     Differentiable in x. Raises ValueError for another kind, shapes that do not fit, and a weight that requires a
     gradient, which is not computed.
@@ -89,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: Kind = "llama") -> Ten
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("the norm's weight requires a gradient, which rms_norm does not compute: freeze it")
     check_device(x, weight=weight)
-    recipe = Recipe(float(eps), kind)
+    recipe = Recipe(None if eps is None else float(eps), kind)
     if plain.is_transformed() or not torch.is_grad_enabled():
         with plain.without_autocast(x):
             return normalised(x, weight, recipe)

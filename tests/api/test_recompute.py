@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OlmoeC
 import peft_fast
 from bench.memory_saved import kept, total
 from peft_fast import LoraConfig, get_peft_model, quantize_linear_layers, set_recompute
-from peft_fast.tuners.lora.norms import RecomputingNorm
+from peft_fast.tuners.lora.norms import RecomputingNorm, kind_of
 
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -183,3 +183,26 @@ def test_compiled():
     plain = copy.deepcopy(model.get_base_model().model.layers[0].input_layernorm)
     assert torch.equal(compiled(x), plain(x))
     assert torch.equal(step(model)[0], before[0])
+
+
+def test_norms_are_tried_with_their_own_settings():
+    """One class may compute several things: in groups, or with a gate, without which it does not run."""
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+    from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextRMSNorm
+    from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
+
+    assert kind_of(Qwen4ExpTextRMSNorm(64)) == "gemma"
+    for norm in (Qwen4ExpTextRMSNorm(64, group_size=16), KimiLinearRMSNormGated(64), Zamba2RMSNormGated(64, 16)):
+        assert "computes something else" in kind_of(norm)
+    with torch.device("meta"):  # as set_default_device("cuda"): the trial has data, and its generator a device
+        assert kind_of(nn.RMSNorm(64)) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torchs_own_default_eps(dtype):
+    model = get_peft_model(nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 8)).to(dtype), LoraConfig(target_modules=["1"]))
+    norm, x = model.get_base_model()[0], 0.01 * torch.randn(100, 64, dtype=dtype)
+    before = norm(x)
+    set_recompute(model, norms=True)
+    assert isinstance(norm, RecomputingNorm)
+    assert torch.equal(norm(x), before)

@@ -1,4 +1,5 @@
-"""64 requests with 64 adapters: HF PEFT's mixed batch, ours, and a store's, for one forward and for generating.
+"""Requests with an adapter each, 64 and on a GPU 8 too: HF PEFT's mixed batch, ours, and a store's, for one forward
+and for generating.
 
 Each is of a 2-layer Llama, base included; `base` is the model without adapters, and "base, adapters read" that and the
 sum of all adapters' weights, each read once: who has these weights and this memory cannot be faster.
@@ -19,8 +20,8 @@ import peft_fast
 from bench.harness import Case
 from peft_fast.testing import relative_error
 
-ADAPTERS, RANK, TOKENS = 64, 16, 8
-SHAPES = {"cpu": (256, 4096), "cuda": (4096,)}
+RANK, TOKENS = 16, 8
+SHAPES = {"cpu": ((256, 64), (4096, 64)), "cuda": ((4096, 8), (4096, 64))}  # width, adapters
 
 
 def llama(width: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -54,14 +55,14 @@ def a_store(model: Any, base: Any, names: list[str]) -> peft_fast.AdapterStore:
 
 
 @functools.cache
-def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+def steps(width: int, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     """The providers, which take seconds and gigabytes to make: when the first of them runs."""
-    names = [f"user{i}" for i in range(ADAPTERS)]
+    names = [f"user{i}" for i in range(count)]
     base = llama(width, dtype, device)
     theirs, ours = (with_adapters(library, copy.deepcopy(base), names) for library in (peft, peft_fast))
     ours.load_state_dict(theirs.state_dict())
     store = a_store(ours, copy.deepcopy(base), names)
-    ids = torch.randint(0, 256, (ADAPTERS, 1), device=device)
+    ids = torch.randint(0, 256, (count, 1), device=device)
 
     def step(model: Any, **kwargs: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -108,10 +109,10 @@ def steps(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for width in SHAPES[device.type]:
+    for width, count in SHAPES[device.type]:
         dtype = torch.float32 if width < 1024 else torch.bfloat16
         runs = {
-            name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[name]()
+            name: lambda name=name, width=width, count=count, dtype=dtype: steps(width, count, dtype, device)[name]()
             for name in (
                 "peft",
                 "peft_fast",
@@ -122,7 +123,9 @@ def cases(device: torch.device) -> Iterator[Case]:
             )
         }
         generating = {
-            name: lambda name=name, width=width, dtype=dtype: steps(width, dtype, device)[f"generate, {name}"]()
+            name: lambda name=name, width=width, count=count, dtype=dtype: steps(width, count, dtype, device)[
+                f"generate, {name}"
+            ]()
             for name in ("peft", "peft_fast", "peft_fast store", "base")
         }
 
@@ -130,7 +133,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             for name in ("peft_fast", "peft_fast store"):
                 assert relative_error(runs[name](), runs["peft"]()) < 16 * torch.finfo(dtype).eps, name
 
-        shape = f"2-layer llama width {width}, {ADAPTERS} adapters r={RANK}, one token each"
+        shape = f"2-layer llama width {width}, {count} adapters r={RANK}, one token each"
         yield Case("mixed_batch", shape, dtype, "inference", runs, gate)
 
         def tokens_gate(generating=generating) -> None:

@@ -56,7 +56,7 @@ def test_every_kind_trains_as_in_one_process(tmp_path, cases):
     if "parts" in cases:
         assert calls["parts"] == fused
         assert said["parts"]["mlp"][0] == "mlp"
-        assert said["adapted"]["mlp"] == ["layers", "up_proj is a FSDPLinear"]
+        assert said["adapted"]["mlp"] == ["layers", "up_proj is a FSDPLinear; silu and the product are one op"]
         assert said["adapted"]["self_attn"][1].endswith("one op, without q_proj")
         assert calls["adapted"] == {"lora_mlp": 0, "lora_group": 8, "lora_linear": 40}  # all but k and v
         assert said["bases"]["q_proj"][0] == "added"

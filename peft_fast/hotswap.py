@@ -25,6 +25,7 @@ from .tuners.lora.config import LoraConfig
 from .tuners.lora.conv import Conv2d
 from .tuners.lora.layer import LoraLayer
 from .tuners.lora.padding import PADDED, groups_of, pad, padded
+from .tuners.lora.param_wrapper import ParamWrapper
 from .tuners.matching import by_pattern
 from .tuners.names import without_compiling
 
@@ -227,8 +228,11 @@ def _write(model: nn.Module, own: nn.Parameter, name: str, value: Tensor) -> Non
 
 
 def _groups(layer: Any, name: str) -> int:
-    """In how many blocks the ranks of an A lie: those of a grouped convolution, whose B has them apart anyway."""
-    return groups_of(layer) if _rank_axis(name) == 0 else 1
+    """In how many blocks the ranks of an A lie: those of a grouped convolution, whose B has them apart anyway, or the
+    experts of a parameter, whose B has all experts' first ranks first."""
+    if _rank_axis(name) != 0:
+        return 1
+    return layer.num_experts if isinstance(layer, ParamWrapper) else groups_of(layer)
 
 
 def _silence(layer: LoraLayer, name: str) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 import peft_fast
 from bench.counts import measure
 from peft_fast import use_backend
+from peft_fast.hotswap import hotswap_adapter
 
 V, E = 96, 32
 IDS = torch.randint(1, V, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -323,3 +324,14 @@ def test_stands_down_where_calls_do_more():
     assert "has hooks" in rows(ours)[PATH].because
     same(ours, theirs)
     assert called
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_hotswap_of_another_rank(rank, tmp_path):
+    ours, other = adapted(peft_fast, base()), adapted(peft_fast, base(), r=rank, lora_alpha=3)
+    other.save_pretrained(tmp_path / "other")
+    expected = other(IDS).logits
+    hotswap_adapter(ours, tmp_path / "other", "default")
+    close(ours(IDS).logits, expected)
+    ours.save_pretrained(tmp_path / "saved")
+    close(peft.PeftModel.from_pretrained(base(), tmp_path / "saved").eval()(IDS).logits, expected)

@@ -50,16 +50,22 @@ def without_padding(tuner: Any, adapter_name: str, tensors: dict[str, Tensor], p
     config: Any = tuner.peft_config[adapter_name]
     result = dict(tensors)
     for path, layer in tuner.layers():
-        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
-            continue  # another method's, or the ranks of all experts lie in one A
-        rank = by_pattern(config.rank_pattern, path, config.r)
+        if not isinstance(layer, LoraLayer):
+            continue  # another method's
+        if isinstance(layer, ParamWrapper):
+            if adapter_name not in layer.r:
+                continue
+            rank = layer.r[adapter_name] * layer.num_experts
+            own, of_B = layer.num_experts, rank
+        else:
+            rank, own = by_pattern(config.rank_pattern, path, config.r), groups_of(layer)
+            of_B = rank // own
         for A_name, B_name in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             A_key, B_key = f"{prefix}{path}.{A_name}", f"{prefix}{path}.{B_name}"
             if A_key not in tensors or rank >= tensors[A_key].shape[0]:
                 continue
-            groups = groups_of(layer)
-            result[A_key] = tensors[A_key].unflatten(0, (groups, -1))[:, : rank // groups].flatten(0, 1)
-            result[B_key] = tensors[B_key][:, : rank // groups]
+            result[A_key] = tensors[A_key].unflatten(0, (own, -1))[:, : rank // own].flatten(0, 1)
+            result[B_key] = tensors[B_key][:, :of_B]
     return result
 
 

@@ -28,8 +28,8 @@ def measured(quick: bool, targets: tuple[int, ...]) -> list[matrix.Row]:
     return rows
 
 
-def test_a_tenth_of_the_matrix_for_the_commonest_cards():
-    measured(quick=True, targets=(75, 89))
+def test_a_part_of_the_matrix_for_the_commonest_card():
+    measured(quick=True, targets=(89,))
 
 
 @pytest.mark.slow

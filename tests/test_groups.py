@@ -101,7 +101,7 @@ def check(ops, group: Group) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=str)
 @pytest.mark.parametrize("group", GROUPS, ids=str)
-@pytest.mark.parametrize(("M", "K"), [(33, 70), (7, 400), (130, 64)], ids=str)
+@pytest.mark.parametrize(("M", "K"), [(33, 70), (7, 400), pytest.param(130, 64, marks=pytest.mark.slow)], ids=str)
 def test_triton(M, K, group, dtype, adapter, device):
     """Rows at odd addresses, which go one by one; K split for few tokens; K whole."""
     check(triton_ops, make_group(M, K, group, dtype, adapter, device))

@@ -181,7 +181,13 @@ def test_dequantize_covers_every_byte_and_every_scale_code(device):
     assert torch.equal(triton_ops.dequantize(weight), reference.dequantize(weight))
 
 
-@pytest.mark.parametrize(("base", "p"), [("dense", 0.1), ("nf4", 0.0), ("nf4", 0.1), ("int8", 0.0)])
+@pytest.mark.parametrize(
+    ("base", "p"),
+    [
+        ("nf4", 0.1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", 0.1), ("nf4", 0.0), ("int8", 0.0))),
+    ],
+)
 def test_opcheck_with_triton(base, p, device):
     opcheck_all(make_case(8, 64, 32, 4, torch.float32, torch.float32, base, p, device), "triton")
 

@@ -262,6 +262,7 @@ def test_the_triton_route_for_no_tokens(device):
 
 
 @pytest.mark.kernel
+@pytest.mark.slow
 def test_opcheck_of_the_triton_route(device):
     if device == "cpu":
         opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, "dense", 0.1), "triton", [(True, False)])

@@ -348,6 +348,7 @@ def test_files_on_the_hub(monkeypatch):
     assert other.check_file_exists_on_hf_hub("a/b", "c") is None
 
 
+@pytest.mark.slow
 def test_modules_are_there_without_importing_them():
     program = "import {0}; {0}.tuners.tuners_utils, {0}.peft_model, {0}.utils.save_and_load, {0}.tuners.lora.layer"
     for library in BOTH:

@@ -70,21 +70,23 @@ def kind_of(module: Any) -> Kind | str:
         return "it has not one weight, a vector"
     if not any(hasattr(module, name) for name in EPS):
         return f"it has none of {', '.join(EPS)}"
-    return _kind_by_trial(module) or f"{type(module).__name__} computes something else than ops.rms_norm"
+    other = f"{type(module).__name__} computes something else than ops.rms_norm"
+    try:
+        kind = _kind_by_trial(module)
+    except Exception as error:  # noqa: BLE001 (somebody else's code may raise anything: a norm that wants a gate, ...)
+        return f"{other}: called with an input alone it raises {type(error).__name__}: {error}"
+    return kind or other
 
 
 def _kind_by_trial(module: Any) -> Kind | None:
     """On a twin of this very norm, by its own settings, so that no hook or state of the model's is touched."""
     generator, K = torch.Generator().manual_seed(0), module.weight.shape[0]
     with torch.device("cpu"):
-        try:
-            trial = _twin(module, torch.randn(K, generator=generator))
-            x = torch.randn(5, K, generator=generator) * 3
-            for kind in KINDS:
-                if all(_is_same(trial.to(dtype), x.to(dtype), kind) for dtype in (torch.float32, torch.bfloat16)):
-                    return kind
-        except Exception:  # noqa: BLE001 (somebody else's code: a norm that wants a gate, ...)
-            return None
+        trial = _twin(module, torch.randn(K, generator=generator))
+        x = torch.randn(5, K, generator=generator) * 3
+        for kind in KINDS:
+            if all(_is_same(trial.to(dtype), x.to(dtype), kind) for dtype in (torch.float32, torch.bfloat16)):
+                return kind
     return None
 
 

@@ -251,7 +251,7 @@ def test_adapters_refuse(arguments, error, message):
 @pytest.mark.kernel
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_constant_adapters(backend, device):
-    """What is kept of them serves other batches and lengths too, and gives the same numbers."""
+    """What is kept of them serves other batches and lengths too, and gives the same outputs."""
     first, second = (
         make_case(scattered(lengths), [8, 8, 3, 8], device=device)
         for lengths in ({0: 1, 1: 1, 2: 1, 3: 1}, {-1: 3, 0: 5, 2: 5, 3: 2})
@@ -261,7 +261,11 @@ def test_constant_adapters(backend, device):
         case.A, case.B, case.p = first.A, first.B, [0.0] * 4
         with torch.no_grad():
             y = ops.lora_linear_multi(case.x, case.weight, adapters, case.segments, case.bias, backend=backend)
-        assert torch.equal(y, case.run(backend, ())["y"])
+        expected = case.run(backend, ())["y"]
+        if backend == "triton":
+            assert torch.equal(y, expected)
+        else:  # the layout of what is kept is another, and with it the order of sums
+            torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     assert adapters.A.kept
 
 

@@ -123,9 +123,10 @@ def is_dense_linear(layer: nn.Module) -> bool:
 
 def is_touched(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
-    return "forward" in vars(module)
+    return "forward" in own
 
 
 def matmul_weight(layer: nn.Module) -> Tensor | QuantizedWeight | None:

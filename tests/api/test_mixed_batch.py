@@ -18,7 +18,7 @@ from transformers import (
 
 import peft_fast
 from peft_fast import LoraConfig, get_peft_model
-from peft_fast.tuners.mixed_batch import MixedBatch, TokenAdapters
+from peft_fast.tuners.mixed_batch import MixedBatch, TokenAdapters, assigned
 
 NAMES = ["b", "__base__", "a", "b"]
 
@@ -364,3 +364,20 @@ def test_refuses_what_is_merged_and_what_is_no_lora():
     model = get_peft_model(attention, LoraConfig(target_modules=["0"], r=2)).eval()
     with pytest.raises(TypeError, match="cannot have a batch of several adapters"):
         model(torch.zeros(1, 1, 8), adapter_names=["default"])
+
+
+def test_stacks_are_kept_from_a_batchs_second_forward_on():
+    """One forward takes no memory for them; the steps of generating share them."""
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, "a")
+    model.add_adapter("b", config)
+    layer = model.eval().base_model.model[0]
+    batch, x, outputs, kept = MixedBatch(["a", "b"]), torch.randn(2, 8), [], []
+    with torch.no_grad(), assigned([layer], batch):
+        for _ in range(3):
+            outputs.append(layer(x))
+            call = batch.kept[layer]
+            kept.append(call is not None and len(call.adapters.A.kept) > 0)
+    assert kept == [False, True, True]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(outputs[2], outputs[1], rtol=0, atol=0)

@@ -121,7 +121,7 @@ class LoraLayer(InvokedLayer):
 
     def dropout_p(self, adapter_name: str) -> float:
         """With which probability the adapter drops an element of its input now: 0 in eval mode."""
-        dropout = self.lora_dropout[adapter_name]
+        dropout: Any = self._modules["lora_dropout"]._modules[adapter_name]  # type: ignore[union-attr]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def dropped(self, adapter_name: str, x: Tensor) -> Tensor:

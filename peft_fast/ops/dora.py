@@ -12,7 +12,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import plain
 from .checks import check_bias, check_device, check_floating
-from .library import define, resolve
+from .library import apply, define, resolve
 from .quant import dequantize, quant_matmul
 
 ROWS = 1024  # of a k-bit weight: how much of it row_squares widens to fp32 at a time
@@ -89,7 +89,7 @@ def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None = None, *, back
     check_device(z, factor=factor, bias=bias)
     if plain.is_transformed():
         return plain.scale_columns(z, factor, bias)
-    return _ScaleColumns.apply(z.reshape(-1, N), factor, bias, resolve(backend)).view(z.shape)
+    return apply(_ScaleColumns, z.reshape(-1, N), factor, bias, resolve(backend)).view(z.shape)
 
 
 @torch.no_grad()

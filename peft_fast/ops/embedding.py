@@ -15,7 +15,7 @@ from peft_fast.kernels import reference_embedding
 
 from . import plain
 from .checks import check_device, check_floating
-from .library import define, resolve
+from .library import apply, define, resolve
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
@@ -195,4 +195,4 @@ def _run(
         rows = ids.reshape(-1)
         y = base if adds else torch.nn.functional.embedding(rows, base, None if padding < 0 else padding)
         return plain.embedding_add(y, A, B, rows, scale, padding)
-    return _LoraEmbedding.apply(base, A, B, ids.reshape(-1), scale, padding, adds, resolve(backend))
+    return apply(_LoraEmbedding, base, A, B, ids.reshape(-1), scale, padding, adds, resolve(backend))

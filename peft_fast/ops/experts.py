@@ -20,7 +20,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import plain, routes
 from .checks import check_device, check_floating
-from .library import define, flatten, resolve, unflatten
+from .library import apply, define, flatten, resolve, unflatten
 
 
 class ExpertAdapter(NamedTuple):
@@ -249,7 +249,7 @@ def lora_experts(
     if plain.is_transformed():
         return plain.experts(x, tensors, fmt, is_transposed, groups, A, B, scales)
     settings = len(A), fmt, is_transposed, groups.size, scales, resolve(backend)
-    return _LoraExperts.apply(x, groups.starts, groups.pieces, settings, *A, *B, *tensors)
+    return apply(_LoraExperts, x, groups.starts, groups.pieces, settings, *A, *B, *tensors)
 
 
 def _check(x: Tensor, weight: Tensor | QuantizedWeight, groups: Groups, E: int, is_transposed: bool) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from peft_fast.dispatch import Backend, Op
 
 from . import plain
 from .checks import check_device, check_floating
-from .library import define, implementation, resolve
+from .library import apply, define, implementation, resolve
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -83,4 +83,4 @@ def glu(g: Tensor, u: Tensor, activation: str, *, backend: str | None = None) ->
     if plain.is_transformed():
         return plain.glu(g, u, activation)
     F = g.shape[-1]
-    return _Glu.apply(g.reshape(-1, F), u.reshape(-1, F), activation, resolve(backend)).view(g.shape)
+    return apply(_Glu, g.reshape(-1, F), u.reshape(-1, F), activation, resolve(backend)).view(g.shape)

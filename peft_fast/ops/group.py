@@ -19,7 +19,7 @@ from peft_fast.dispatch import Backend, Route
 
 from . import norm, plain
 from .checks import check_floating
-from .library import autocasting, define, product_dtype, resolve, resolve_route, weight_shape
+from .library import apply, autocasting, define, product_dtype, resolve, resolve_route, weight_shape
 from .projection import (
     GRADIENTS,
     LEADING,
@@ -198,5 +198,5 @@ def lora_group(
         y = plain.group(rows, *settings[:5], *(tensor for part, _ in packed for tensor in part))
         return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]
     tensors = without_repetitions([part for part, _ in packed])
-    y = _LoraGroup.apply(rows, settings, norm.source_of(x), *tensors)
+    y = apply(_LoraGroup, rows, settings, norm.source_of(x), *tensors)
     return [y_j.view(*x.shape[:-1], y_j.shape[-1]) for y_j in y]

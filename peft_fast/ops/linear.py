@@ -16,7 +16,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import norm, plain, routes
 from .checks import check_bias, check_device, check_dropout, check_floating
-from .library import autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
+from .library import apply, autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
 
 
 def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, trained, backend, route):
@@ -179,7 +179,8 @@ def lora_linear(
     if plain.is_transformed():
         y = plain.linear(rows, A, B, bias, scale, dropout_p, key, dtype, fmt, *tensors)
         return y.view(*x.shape[:-1], N)
-    y = _LoraLinear.apply(
+    y = apply(
+        _LoraLinear,
         rows,
         A,
         B,

@@ -10,7 +10,7 @@ from peft_fast.dispatch import Backend, Op
 
 from . import plain
 from .checks import check_bias, check_device, check_dropout, check_floating
-from .library import autocast, define, implementation, resolve
+from .library import apply, autocast, define, implementation, resolve
 
 
 def _why_not_down(dtype: torch.dtype) -> str | None:
@@ -91,7 +91,7 @@ def lora_down(
     rows = x.reshape(-1, x.shape[-1])
     if plain.is_transformed():
         return plain.down(rows, A, dropout_p, key).view(*x.shape[:-1], A.shape[0])
-    s = _LoraDown.apply(rows, A, dropout_p, key, resolve(backend))
+    s = apply(_LoraDown, rows, A, dropout_p, key, resolve(backend))
     return s.view(*x.shape[:-1], A.shape[0])
 
 
@@ -156,5 +156,5 @@ def lora_up_add(
         raise TypeError(f"y and s must have one dtype, got {y.dtype} and {s.dtype}: cast s")
     if plain.is_transformed():
         return plain.up_add(y, s, B, bias, scale)
-    out = _LoraUpAdd.apply(y.reshape(-1, N), s.reshape(-1, R), B, bias, scale, resolve(backend))
+    out = apply(_LoraUpAdd, y.reshape(-1, N), s.reshape(-1, R), B, bias, scale, resolve(backend))
     return out.view(y.shape)

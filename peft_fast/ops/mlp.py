@@ -21,6 +21,7 @@ from . import norm, plain, routes
 from .checks import check_floating
 from .glu import ACTIVATIONS, GLU
 from .library import (
+    apply,
     autocasting,
     define,
     implementation,
@@ -282,7 +283,7 @@ def lora_mlp(
         given = (tensor for part, _ in packed for tensor in part)
         y = plain.mlp(x.reshape(-1, x.shape[-1]), settings[-1], *numbers, *given)
         return y.view(*x.shape[:-1], y.shape[-1])
-    y = _LoraMLP.apply(x.reshape(-1, x.shape[-1]), settings, norm.source_of(x), *tensors)
+    y = apply(_LoraMLP, x.reshape(-1, x.shape[-1]), settings, norm.source_of(x), *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -11,7 +11,7 @@ from peft_fast.quant.weight import DTYPES, Format, QuantizedWeight
 
 from . import plain, routes
 from .checks import check_bias, check_device, check_floating
-from .library import autocast, define, flatten, resolve, unflatten
+from .library import apply, autocast, define, flatten, resolve, unflatten
 
 
 def _dequantize_fake(weights: list[Tensor], fmts: str, dtype: torch.dtype, backend: str) -> Tensor:
@@ -116,5 +116,5 @@ def quant_matmul(
     tensors, fmt = flatten(weight)
     if plain.is_transformed():
         return plain.linear(x, None, None, bias, 1.0, 0.0, None, x.dtype, fmt, *tensors)
-    y = _QuantMatmul.apply(x.reshape(-1, K), bias, fmt, resolve(backend), *tensors)
+    y = apply(_QuantMatmul, x.reshape(-1, K), bias, fmt, resolve(backend), *tensors)
     return y.view(*x.shape[:-1], N)

@@ -119,6 +119,8 @@ class MixedBatches:
         if offsets is not None and (batch.by_token or not invoked):
             why = "are by token already" if batch.by_token else f"name none with alora_invocation_tokens: {adapters}"
             raise ValueError(f"alora_offsets are for activated adapters, and adapter_names {why}")
+        if not invoked:
+            batch.note_alone(inputs)
         with within(self.base_model, list(holders.values()), batch):
             if batch.by_token or not invoked:
                 yield

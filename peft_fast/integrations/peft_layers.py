@@ -26,7 +26,7 @@ from peft_fast.tuners.lora.members import JOINING
 class Accelerated:
     """What all of them have. `original_class` is peft's class of the layer."""
 
-    mixed_batch = None  # peft's own goes by an argument
+    mixed_batch, is_mixed = None, False  # peft's own goes by an argument
     invocations = ()  # peft's own activated adapters are variants
 
     original_class: Any
@@ -66,6 +66,8 @@ class AcceleratedLinear(Accelerated):
     own_dtype = Linear.own_dtype
     _base_and = Linear._base_and
     _dropout = Linear._dropout
+    given_key = Linear.given_key
+    new_key = Linear.new_key
 
     def product_weight(self: Any) -> Tensor | QuantizedWeight | None:
         return matmul_weight(self.base_layer)

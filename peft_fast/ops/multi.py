@@ -19,7 +19,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import plain, routes
 from .checks import FLOATS, check_bias, check_device, check_floating
-from .library import IMPLEMENTATIONS, autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
+from .library import autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
 
 
 class Adapters:
@@ -317,9 +317,8 @@ def lora_linear_multi(
     elif torch.is_grad_enabled() or torch.compiler.is_compiling():
         settings = len(adapters.A), fmt, *map(list, numbers), backend
         y = _LoraLinearMulti.apply(rows, bias, keys, segments.order, settings, kind, *adapters.A, *adapters.B, *tensors)
-    else:  # the op itself would get lists of A and B that nothing can be kept in
-        run = IMPLEMENTATIONS["lora_linear_multi"]
-        y, _ = run(rows, tensors, fmt, bias, adapters.A, adapters.B, segments.order, *numbers, keys, kind, backend)
+    else:  # what is kept of constant A and B is kept where the op is not seen: it would get lists of them
+        y, _ = _forward(rows, tensors, fmt, bias, adapters.A, adapters.B, segments.order, *numbers, keys, kind, backend)
     return y.view(*x.shape[:-1], N)
 
 

@@ -76,6 +76,21 @@ class MixedBatch:
         self._segments: dict[tuple, Segments] = {}
         self.kept: dict[nn.Module, Any] = {}  # what layers have looked up for this batch, while nothing is trained
 
+    alone: str | None = None  # the one adapter of all rows, where linear layers may do what they do for an active one
+
+    def note_alone(self, ids: Tensor | None) -> None:
+        """Of a model's batch of `ids` [samples, tokens]: whether all rows go through one adapter. Linear layers run
+        then with their siblings as one op (lora/groups.py, lora/mlp.py), with the same masks. Where ids and names do
+        not fit together nothing is noted, and the first layer says so."""
+        if len(self.adapters) != 1 or ids is None or ids.dim() != 2 or len(ids) != self.samples:
+            return
+        if self.tokens is not None:
+            numbers = self.tokens.numbers
+            is_all = numbers.shape == ids.shape and not bool((numbers < 0).any())
+        else:
+            is_all = all(name == self.adapters[0] for name in self.names)
+        self.alone = self.adapters[0] if is_all else None
+
     def beside(self, layer: Any) -> list[str]:
         """Adapters of the layer that are there in all samples, whatever these are named."""
         return []

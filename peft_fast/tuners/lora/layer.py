@@ -266,7 +266,7 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
-        if self.mixed_batch is not None:
+        if self.is_mixed:
             return multi.forward(self, x, *args, **kwargs)
         if self.group is not None and not (args or kwargs) and (y := self.group.take(self, x)) is not None:
             return y
@@ -368,7 +368,7 @@ class Linear(LoraLayer):
 
     def _base_and(self, name: str, x: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype | None) -> Tensor:
         """The base layer and one adapter in one op, computed in `dtype` (default: autocast's or x's)."""
-        key = ops.new_dropout_key(x.device) if self.dropout_p(name) else None
+        key = self.new_key(x.device) if self.dropout_p(name) else None
         layer = self.projection(name, weight, key)
         assert layer.A is not None
         assert layer.B is not None
@@ -389,7 +389,31 @@ class Linear(LoraLayer):
 
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
-        return {"dropout_p": p, "dropout_key": ops.new_dropout_key(x.device)} if p else {}
+        return {"dropout_p": p, "dropout_key": self.new_key(x.device)} if p else {}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether multi.py takes this forward: its samples go through different adapters, or through one whose modules
+        draw from torch's generator, which is given a state of the adapter's own there."""
+        if self.mixed_batch is None or self.mixed_batch.alone is None:
+            return self.mixed_batch is not None
+        adapters = self.adapters_in_effect()
+        return any(name in self.lora_magnitude_vector for name in adapters) or why_called(self, adapters) is not None
+
+    def adapters_in_effect(self) -> list[str]:
+        if self.mixed_batch is None or self.mixed_batch.alone is None:
+            return super().adapters_in_effect()
+        name = self.mixed_batch.alone
+        return [name] if self.has_adapter(name) and not (self.disable_adapters or self.merged) else []
+
+    def given_key(self, device: torch.device) -> Tensor | None:
+        """For dropout of the one adapter of a mixed batch in training: its own, whatever others draw."""
+        keys = None if self.mixed_batch is None else self.mixed_batch.keys(self)
+        return None if keys is None else keys[0].to(device)
+
+    def new_key(self, device: torch.device) -> Tensor:
+        given = self.given_key(device)
+        return ops.new_dropout_key(device) if given is None else given
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ def member(layer: Any) -> Member | str:
     """How an op takes the layer, or why it must be called."""
     base, adapters = layer, []
     if is_lora(layer):
-        if getattr(layer, "mixed_batch", None) is not None:
+        if getattr(layer, "is_mixed", False):
             return "has a batch of several adapters"
         if type(layer) not in JOINING:
             return f"is a {type(layer).__name__}"
@@ -96,12 +96,20 @@ def common_dtype(members: Sequence[Member], x: Tensor | None) -> torch.dtype | s
 
 
 def projections(members: Sequence[Member], x: Tensor) -> list[ops.Projection]:
-    """The layers as ops take them for one forward of x; dropout keys come from one draw."""
+    """The layers as ops take them for one forward of x; dropout keys come from one draw, or each layer has its own."""
     dropping = [layer.dropout_p(name) > 0 if name is not None else False for layer, name, _ in members]
-    keys = iter(ops.new_dropout_keys(x.device, sum(dropping)) if any(dropping) else ())
+    keys = iter(_keys([layer for (layer, _, _), drops in zip(members, dropping) if drops], x.device))
     return [
         ops.Projection(weight, layer.bias)
         if name is None
         else layer.projection(name, weight, next(keys) if drops else None)
         for (layer, name, weight), drops in zip(members, dropping)
     ]
+
+
+def _keys(layers: Sequence[Any], device: torch.device) -> Sequence[Tensor]:
+    given = [layer.given_key(device) for layer in layers if hasattr(layer, "given_key")]
+    own = [key for key in given if key is not None]
+    if len(own) < len(layers):
+        return ops.new_dropout_keys(device, len(layers))  # type: ignore[return-value]
+    return own

@@ -213,7 +213,8 @@ def gate_of_layers(mlp: Any) -> str | None:
     """The activation of an MLP whose layers are called one by one, where ops.glu is to stand between them: where there
     are adapters. Without, the model's own forward runs, to the bit."""
     layers: list[Any] = [mlp._modules[name] for name in PROJECTIONS]
-    if not any(is_lora(layer) and (layer.mixed_batch is not None or layer.adapters_in_effect()) for layer in layers):
+    adapted = [layer for layer in layers if is_lora(layer)]
+    if not any(layer.mixed_batch is not None or layer.adapters_in_effect() for layer in adapted):
         return None
     return None if _why_not_mlp(mlp) else _activation(mlp)
 

@@ -118,8 +118,16 @@ def keys_in_model(
     """A file's values by their names in the model, and those that have no place there under the keys that they have."""
     tuner, prefix = tuner_of(model)
     known = _keys(tuner, prefix, adapter_name)
+    state_dict = _as_today(tuner, state_dict, prefix, adapter_name)
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     return found, {key: state_dict[key] for key in unexpected}
+
+
+def _as_today(tuner: Any, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
+    """A file's values under the keys that files have today."""
+    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
+    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
+    return tuner.as_today(state_dict, prefix, adapter_name)
 
 
 def plan_load(
@@ -128,9 +136,7 @@ def plan_load(
     tuner, prefix = tuner_of(model)
     keys = _keys(tuner, prefix, adapter_name)
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
-    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
-    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    state_dict = tuner.as_today(state_dict, prefix, adapter_name)
+    state_dict = _as_today(tuner, state_dict, prefix, adapter_name)
     others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
     known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)

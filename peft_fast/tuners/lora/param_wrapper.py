@@ -179,3 +179,12 @@ def wrappers_of(module: nn.Module) -> dict[str, ParamWrapper]:
         found[module.parameter_name] = module
         module = module.base_layer
     return found
+
+
+def path_for_patterns(layer: LoraLayer, path: str) -> str:
+    """What rank_pattern and alpha_pattern are looked up with, of a layer at this path in the model: a parameter's."""
+    if not isinstance(layer, ParamWrapper):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.parameter_name}"

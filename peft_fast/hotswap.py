@@ -74,8 +74,11 @@ def prepare_model_for_compiled_hotswap(
         for layer in layers:
             _check_rank(layer, target_rank)
     for layer in layers:
-        device = layer.weight.device
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        for name, scale in layer.scaling.items():
+            device = next(
+                iter(layer.adapter_parameters(name)), layer.weight
+            ).device  # the base weight's may be offloaded
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
         if target_rank is not None and isinstance(layer, PADDED):
             for name in layer.lora_A:
                 pad(layer, name, target_rank)

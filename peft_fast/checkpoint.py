@@ -8,6 +8,7 @@ Loading first looks at every key and shape and only then writes: a bad file leav
 import json
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
 from .sharded import whole, write
+from .transaction import at_end
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -234,24 +236,34 @@ def _as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
+    """Write the plan's values. Those of the base model wait for the end of the change that this is a part of, and for
+    what an adapter's start takes out of the base weights: a file has them as they are without it."""
     own = _tensors(model)
+    tuner, prefix = tuner_of(model)
+    of_base = {prefix + name for name in _embedding_keys(tuner)}
     for name, value in plan.values.items():
-        if not own[name].is_meta:
-            write(own[name], value)
-            continue
-        path, _, attribute = name.rpartition(".")
-        if offloading_hook(layer := model.get_submodule(path)) is not None:
-            with onloaded(layer, changed=True):
-                getattr(layer, attribute).copy_(value)
-            continue
-        loaded: Tensor = (
-            value.detach().clone()
-        )  # the caller's tensors, and those that share memory in a file, stay apart
-        if isinstance(own[name], nn.Parameter):
-            loaded = nn.Parameter(loaded, requires_grad=own[name].requires_grad)
-        setattr(model.get_submodule(path), attribute, loaded)
-    for _, layer in tuner_of(model)[0].layers():
+        if name in of_base:
+            # Sizes and dtypes fit: such a copy does not fail, and has no undoing.
+            at_end(partial(_put, model, name, own[name], value), lambda: None)
+        else:
+            _put(model, name, own[name], value)
+    for _, layer in tuner.layers():
         layer.place_adapter(adapter_name, keep_dtype=True)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, name: str, own: Tensor, value: Tensor) -> None:
+    if not own.is_meta:
+        return write(own, value)
+    path, _, attribute = name.rpartition(".")
+    if offloading_hook(layer := model.get_submodule(path)) is not None:
+        with onloaded(layer, changed=True):
+            getattr(layer, attribute).copy_(value)
+        return None
+    loaded: Tensor = value.detach().clone()  # the caller's tensors, and those that share memory in a file, stay apart
+    if isinstance(own, nn.Parameter):
+        loaded = nn.Parameter(loaded, requires_grad=own.requires_grad)
+    return setattr(model.get_submodule(path), attribute, loaded)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

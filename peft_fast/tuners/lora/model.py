@@ -148,6 +148,7 @@ class LoraModel(BaseTuner):
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
+        initialisation.warn_of_chance(config.init_lora_weights)
         rank = max(config.r, *config.rank_pattern.values(), 0)
         largest = max((max(t.shape) for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim()), default=0)
         if largest and rank > largest:
@@ -180,6 +181,7 @@ class LoraModel(BaseTuner):
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
+        self._warn_of_shared_weights(config)
         for _, layer in self.layers():
             if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
                 layer.tie(adapter_name)
@@ -232,6 +234,25 @@ class LoraModel(BaseTuner):
         if not (isinstance(init, str) and initialisation.SLOW.match(init)):
             return paths
         return tqdm(paths, desc=f"initialising by {init}", unit="layer", disable=None, leave=False)
+
+    def _warn_of_shared_weights(self, config: LoraConfig) -> None:
+        """Where a start is taken out of a weight that is not the layer's alone."""
+        changed = [
+            layer for _, layer in self.layers() if any(s.changes_base for s in getattr(layer, "starts", {}).values())
+        ]
+        if not changed:
+            return
+        places: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(name)
+        shared = [names for layer in changed if len(names := places.get(id(layer.weight), [])) > 1]
+        if shared:
+            warnings.warn(
+                f"init_lora_weights={config.init_lora_weights!r} changes a weight that several layers have, "
+                f"{' and '.join(shared[0])}, and the adapter makes up for it in one of them: outputs are not the base "
+                "model's any more. Untie them first (tie_word_embeddings=False), or leave the layer out",
+                stacklevel=4,
+            )
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:

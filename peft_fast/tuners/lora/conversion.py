@@ -83,9 +83,20 @@ def difference(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> 
                     f"the initial one has {got}"
                 )
             before = before.to(value)
-            first = key.endswith(A_NAMES)
-            result[key] = torch.cat([value, before if first else -before], dim=0 if first else 1)
+            if key.endswith(B_NAMES):
+                result[key] = torch.cat([value, -before], dim=1)
+            else:  # the ranks of a grouped convolution lie group by group
+                groups = _groups(tensors, key)
+                parts = [factor.unflatten(0, (groups, -1)) for factor in (value, before)]
+                result[key] = torch.cat(parts, dim=1).flatten(0, 1)
     return result
+
+
+def _groups(tensors: Mapping[str, Tensor], key: str) -> int:
+    """Of the layer whose A this is the key of: its B [N, R / groups, ...] has each group's ranks alone."""
+    name = next(name for name in A_NAMES if key.endswith(name))
+    B = tensors.get(key.removesuffix(name) + B_NAMES[A_NAMES.index(name)])
+    return 1 if B is None else max(1, len(tensors[key]) // B.shape[1])
 
 
 def _check(config: LoraConfig) -> None:

@@ -16,6 +16,7 @@ from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
+from peft_fast.tuners.modules_to_save import is_inside_named
 from peft_fast.tuners.names import list_of_names
 from peft_fast.tuners.options import set_fan_in_fan_out
 from peft_fast.tuners.targets import LORA_TARGETS
@@ -105,11 +106,15 @@ class LoraModel(BaseTuner):
         if state_dict is not None:
             raise ValueError("target_parameters are not found in a state_dict: leave that out, or them")
         found: list[tuple[str, str]] = []
+        whole: list[str] = []  # in modules that are trained as a whole
         for path in adaptable_paths(self.model):
             module = self.model.get_submodule(path)
             there = wrappers_of(module)
             base: Any = module.get_base_layer() if isinstance(module, ParamWrapper) else module
             own = [name for name in parameter_names(base) if matches(wanted, f"{path}.{name}")]
+            if is_inside_named(path, config.modules_to_save or ()):
+                whole += [f"{path}.{name}" for name in own]
+                continue
             if there and set(own) != there.keys():
                 raise ValueError(
                     f"the adapters of {path} have to be on the same parameters: there are some on {sorted(there)}, and "
@@ -120,9 +125,15 @@ class LoraModel(BaseTuner):
             raise ValueError(
                 f"target_parameters {sorted(wanted)} name a parameter of the model itself, not of a module"
             )
+        if whole and not found:
+            raise NoMatchingPeftModuleError(
+                f"target_parameters {sorted(wanted)} name {len(whole)} parameters, and modules_to_save="
+                f"{config.modules_to_save} takes all of them away: it trains them as they are"
+            )
         if not found:
             raise NoMatchingPeftModuleError(f"target_parameters {sorted(wanted)} not found in the base model")
-        if idle := {name for name in wanted if not any(matches({name}, ".".join(where)) for where in found)}:
+        met = [*(".".join(where) for where in found), *whole]
+        if idle := {name for name in wanted if not any(matches({name}, path) for path in met)}:
             warnings.warn(f"target_parameters {sorted(idle)} match nothing", RuntimeWarning, stacklevel=4)
         return found
 

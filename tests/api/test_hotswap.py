@@ -191,16 +191,6 @@ def test_layers_that_the_new_adapter_lacks_do_nothing(options, adapter, llama, t
     torch.testing.assert_close(outputs(model, tokens), outputs(fresh(llama(), one), tokens), atol=2e-6, rtol=1e-4)
 
 
-def test_magnitudes_as_the_first_files_with_dora_named_them(adapter, llama, tokens):
-    one, other = (adapter(i, use_dora=True) for i in range(2))
-    model, expected = fresh(llama(), one), outputs(fresh(llama(), other), tokens)
-    file = other / "adapter_model.safetensors"
-    old = {key.replace("magnitude_vector", "magnitude_vector.weight"): value for key, value in load_file(file).items()}
-    save_file(old, file)
-    hotswap_adapter(model, other, "default")
-    torch.testing.assert_close(outputs(model, tokens), expected, atol=2e-6, rtol=1e-4)
-
-
 def test_kept_norms_are_those_of_the_new_weights(adapter, llama, tokens):
     one, other = (adapter(i, use_dora=True, lora_alpha=8 * (i + 1)) for i in range(2))
     model = fresh(llama(), one)

@@ -74,7 +74,7 @@ def saved(model, folder):
     return load_file(folder / "adapter_model.safetensors"), [outputs(fresh(folder, lib)) for lib in (peft_fast, peft)]
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, PATTERNS, {"use_rslora": True, "rank_pattern": {"gate_up_proj": 6}}], ids=str)
 def test_swapped_is_loaded(options, implementation, adapter, tmp_path):
     shared = {name: value for name, value in options.items() if name != "rank_pattern"}

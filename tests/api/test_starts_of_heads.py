@@ -22,7 +22,9 @@ def adapted(library, base, init, **options):
 
 @pytest.mark.filterwarnings("ignore:an embedding layer is adapted")
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", True])
+@pytest.mark.parametrize(
+    "init", ["pissa", "olora", *(pytest.param(i, marks=pytest.mark.slow) for i in ("orthogonal", True))]
+)
 def test_the_heads_base_weight_in_a_file(init, library, llama, tokens, trained, tmp_path):
     """It is without what the start has taken, which is not to be taken again; and as it was before, once the adapter
     is converted."""

@@ -120,7 +120,38 @@ def ops(results: Path) -> str:
     return _table(head, rows, 1)
 
 
-TABLES = {"compare": compare, "longest": longest, "tried": tried, "profile": profile, "ops": ops}
+def starts(results: Path) -> str:
+    """Adapters that start from the base weight: a line a start, peft's numbers before ours."""
+    keys = ("device", "threads", "size", "rank", "start")
+    rows = _last(_rows(results, "initialisation.csv"), *keys, "provider")
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
+    cells = []
+    for (device, threads, size, rank, start), by in found.items():
+        pairs = [
+            f"{float(by['peft'][name]):,.{digits}f} / {float(by['peft_fast'][name]):,.{digits}f}"
+            for name, digits in (("median_s", 2), ("torch_mib", 0), ("resident_mib", 0))
+        ]
+        layer = f"{size} x {size}, rank {rank}, {threads} threads"
+        cells.append((device, layer, start, f"{float(by['peft_fast']['ratio']):.2f}", *pairs))
+    if not cells:
+        return "Nothing measured yet: `python -m bench.initialisation`.\n"
+    head = (
+        "device",
+        "layer",
+        "start",
+        "time, ours / peft",
+        "seconds, peft / ours",
+        "peak MiB of torch",
+        "resident MiB",
+    )
+    return _table(head, cells, 3)
+
+
+TABLES = {
+    "compare": compare, "longest": longest, "tried": tried, "profile": profile, "ops": ops, "starts": starts,
+}  # fmt: skip
 
 
 def filled(text: str, results: Path) -> str:

@@ -8,6 +8,7 @@ Loading first looks at every key and shape and only then writes: a bad file leav
 import json
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .inject import AnyTuner, tuner_of
 from .load_result import LoadResult
 from .renamed import renamed_keys
 from .sharded import whole, write
+from .transaction import at_end
 from .tuners.base import BaseTuner
 from .tuners.layer import BaseTunerLayer
 from .tuners.lora.padding import without_padding
@@ -118,8 +120,16 @@ def keys_in_model(
     """A file's values by their names in the model, and those that have no place there under the keys that they have."""
     tuner, prefix = tuner_of(model)
     known = _keys(tuner, prefix, adapter_name)
+    state_dict = _as_today(tuner, state_dict, prefix, adapter_name)
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
     return found, {key: state_dict[key] for key in unexpected}
+
+
+def _as_today(tuner: Any, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> Mapping[str, Any]:
+    """A file's values under the keys that files have today."""
+    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
+    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
+    return tuner.as_today(state_dict, prefix, adapter_name)
 
 
 def plan_load(
@@ -128,9 +138,7 @@ def plan_load(
     tuner, prefix = tuner_of(model)
     keys = _keys(tuner, prefix, adapter_name)
     keys |= tuner.prompt_keys(adapter_name) if isinstance(tuner, PromptTuner) else {}
-    old = ".lora_magnitude_vector.weight"  # as the first files with DoRA had it
-    state_dict = {key.removesuffix(".weight") if key.endswith(old) else key: v for key, v in state_dict.items()}
-    state_dict = tuner.as_today(state_dict, prefix, adapter_name)
+    state_dict = _as_today(tuner, state_dict, prefix, adapter_name)
     others = {name: name for name in _embedding_keys(tuner)} | _keys_of_tied_tokens(tuner, adapter_name)
     known = {**keys, **{prefix + key: prefix + name for key, name in others.items()}}
     found, unexpected = _by_name_in_model(tuner.model, state_dict, known, prefix, adapter_name)
@@ -228,24 +236,34 @@ def _as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def apply_load(model: Any, plan: LoadPlan, adapter_name: str) -> None:
+    """Write the plan's values. Those of the base model wait for the end of the change that this is a part of, and for
+    what an adapter's start takes out of the base weights: a file has them as they are without it."""
     own = _tensors(model)
+    tuner, prefix = tuner_of(model)
+    of_base = {prefix + name for name in _embedding_keys(tuner)}
     for name, value in plan.values.items():
-        if not own[name].is_meta:
-            write(own[name], value)
-            continue
-        path, _, attribute = name.rpartition(".")
-        if offloading_hook(layer := model.get_submodule(path)) is not None:
-            with onloaded(layer, changed=True):
-                getattr(layer, attribute).copy_(value)
-            continue
-        loaded: Tensor = (
-            value.detach().clone()
-        )  # the caller's tensors, and those that share memory in a file, stay apart
-        if isinstance(own[name], nn.Parameter):
-            loaded = nn.Parameter(loaded, requires_grad=own[name].requires_grad)
-        setattr(model.get_submodule(path), attribute, loaded)
-    for _, layer in tuner_of(model)[0].layers():
+        if name in of_base:
+            # Sizes and dtypes fit: such a copy does not fail, and has no undoing.
+            at_end(partial(_put, model, name, own[name], value), lambda: None)
+        else:
+            _put(model, name, own[name], value)
+    for _, layer in tuner.layers():
         layer.place_adapter(adapter_name, keep_dtype=True)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, name: str, own: Tensor, value: Tensor) -> None:
+    if not own.is_meta:
+        return write(own, value)
+    path, _, attribute = name.rpartition(".")
+    if offloading_hook(layer := model.get_submodule(path)) is not None:
+        with onloaded(layer, changed=True):
+            getattr(layer, attribute).copy_(value)
+        return None
+    loaded: Tensor = value.detach().clone()  # the caller's tensors, and those that share memory in a file, stay apart
+    if isinstance(own, nn.Parameter):
+        loaded = nn.Parameter(loaded, requires_grad=own.requires_grad)
+    return setattr(model.get_submodule(path), attribute, loaded)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

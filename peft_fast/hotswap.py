@@ -24,8 +24,9 @@ from .tuners.lora import dora
 from .tuners.lora.config import LoraConfig
 from .tuners.lora.conv import Conv2d
 from .tuners.lora.layer import LoraLayer
-from .tuners.lora.padding import PADDED, groups_of, pad, padded
-from .tuners.lora.param_wrapper import ParamWrapper
+from .tuners.lora.moe import converted
+from .tuners.lora.padding import PADDED, blocks_of_A, groups_of, pad, padded, rank_of
+from .tuners.lora.param_wrapper import path_for_patterns
 from .tuners.matching import by_pattern
 from .tuners.names import without_compiling
 
@@ -51,9 +52,9 @@ def prepare_model_for_compiled_hotswap(
     """Make adapters of other ranks and scales fit into `model` later, without its being compiled again.
 
     To be called after the first adapter is loaded and before torch.compile. Scales become tensors; with `target_rank`,
-    the largest rank of all adapters to come, A and B of linear layers and 2-d convolutions are filled up with zeros,
-    which changes no output. `config`: one or several, whose ranks are set to target_rank, with the alpha that keeps
-    the scale. `check_compiled`: what to do where the model is compiled already.
+    the largest rank of all adapters to come, A and B of linear layers, 2-d convolutions and parameters (of each of the
+    experts) are filled up with zeros, which changes no output. `config`: one or several, whose ranks are set to
+    target_rank, with the alpha that keeps the scale. `check_compiled`: what to do where the model is compiled already.
     Raises ValueError, and leaves the model as it was, for a compiled model, one without adapters, and a target_rank
     below the rank that is there.
     """
@@ -73,8 +74,11 @@ def prepare_model_for_compiled_hotswap(
         for layer in layers:
             _check_rank(layer, target_rank)
     for layer in layers:
-        device = layer.weight.device
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        for name, scale in layer.scaling.items():
+            device = next(
+                iter(layer.adapter_parameters(name)), layer.weight
+            ).device  # the base weight's may be offloaded
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
         if target_rank is not None and isinstance(layer, PADDED):
             for name in layer.lora_A:
                 pad(layer, name, target_rank)
@@ -98,12 +102,15 @@ def hotswap_adapter(
     do not fit, RuntimeError for weights of layers that have no adapter; nothing is changed then.
     """
     config: Any = PeftConfig.from_pretrained(model_name_or_path, **hub_arguments)
-    configs = without_compiling(model).peft_config
+    inner = without_compiling(model)
+    configs = inner.peft_config
     if adapter_name not in configs:
         raise ValueError(f"adapter {adapter_name!r} does not exist: there are {sorted(configs)}")
+    if isinstance(config, LoraConfig):
+        config = converted(inner.get_base_model(), config)
     check_hotswap_configs_compatible(configs[adapter_name], config)
     tensors = load_peft_weights(model_name_or_path, torch_device, **hub_arguments)
-    found, unexpected = keys_in_model(without_compiling(model), tensors, adapter_name)
+    found, unexpected = keys_in_model(inner, tensors, adapter_name)
     hotswap_adapter_from_state_dict(model, {**found, **unexpected}, adapter_name, config)
 
 
@@ -177,7 +184,7 @@ def _plan(
     torn = [key for key in missing if places[key] in there]
     if torn:
         raise ValueError(f"the new adapter has only some weights of a layer: {torn[0]} is missing")
-    scales = {layers[path]: _scale(_below_the_model(path), config) for path in there}
+    scales = {layers[path]: _scale(path_for_patterns(layers[path], _below_the_model(path)), config) for path in there}
     return Swap(values, scales, [layer for path, layer in layers.items() if path not in there])
 
 
@@ -221,18 +228,10 @@ def _write(model: nn.Module, own: nn.Parameter, name: str, value: Tensor) -> Non
     if own.shape == value.shape:
         sharded.write(own, value)
     elif _holds(own, value):
-        path = name.partition(".lora_")[0]
-        sharded.write(own, padded(value.to(own.device, own.dtype), own.shape, _groups(model.get_submodule(path), name)))
+        blocks = blocks_of_A(model.get_submodule(name.partition(".lora_")[0])) if _rank_axis(name) == 0 else 1
+        sharded.write(own, padded(value.to(own.device, own.dtype), own.shape, blocks))
     else:
         own.data = value.to(own.device, own.dtype, copy=True)
-
-
-def _groups(layer: Any, name: str) -> int:
-    """In how many blocks the ranks of an A lie: those of a grouped convolution, whose B has them apart anyway, or the
-    experts of a parameter, whose B has all experts' first ranks first."""
-    if _rank_axis(name) != 0:
-        return 1
-    return layer.num_experts if isinstance(layer, ParamWrapper) else groups_of(layer)
 
 
 def _silence(layer: LoraLayer, name: str) -> None:
@@ -259,7 +258,7 @@ def _check_rank(layer: LoraLayer, target_rank: int) -> None:
     if isinstance(layer, Conv2d) and target_rank % groups:
         raise ValueError(f"target_rank must be divisible by the {groups} groups of a convolution, got {target_rank}")
     for name in layer.lora_A if isinstance(layer, PADDED) else ():
-        rank = layer.factors(name)[0].weight.shape[0]
+        rank = rank_of(layer, name)
         if rank > target_rank:
             raise ValueError(
                 f"target_rank must be the largest rank of all adapters: adapter {name!r} has {rank}, got {target_rank}"

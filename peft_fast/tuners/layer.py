@@ -326,6 +326,7 @@ class BaseTunerLayer(AdapterHolder):
         weight, for as long as it is merged), unless nobody will ask for it: not `undoable`. Further adapters are merged
         into the kept weight, together with those before, and the sum is rounded once.
         """
+        adapter_names = [name for name in adapter_names if name not in self.merged_adapters]
         if not adapter_names:
             return
         if undoable and self._unmerged is None and self.must_keep_base(adapter_names):
@@ -335,6 +336,10 @@ class BaseTunerLayer(AdapterHolder):
         with onloaded(self.get_base_layer(), changed=True):
             self._write_base(*self.shifted_base(adapter_names))
         self.merged_adapters += adapter_names
+
+    def follows(self, adapter_name: str) -> bool:
+        """Whether another layer, with which this one shares its weight, merges the adapter for both."""
+        return False
 
     def must_keep_base(self, adapter_names: Sequence[str]) -> bool:
         """Whether merging these adapters loses what the base weight was."""

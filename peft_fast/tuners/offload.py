@@ -6,7 +6,7 @@ Adapters are small. They stay on the device that such a layer computes on, and i
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,6 +47,38 @@ def onloaded(layer: nn.Module, changed: bool = False) -> Iterator[None]:
             hook.weights_map = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
     finally:
         hook.post_forward(layer, torch.tensor([]))
+
+
+def in_hook(module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """run(*args, **kwargs), as accelerate's hook on `module` surrounds that one's forward: its weights are there, and
+    inputs where it computes. Calls of the module by `run` go past the hook."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return run(*args, **kwargs)
+    inside: Any = sys.modules["accelerate.hooks"]
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    module._hf_hook = inside.ModelHook()  # does nothing
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not hook.no_grad):
+            output = run(*args, **kwargs)
+    except BaseException:
+        hook.post_forward(module, torch.tensor([]))
+        raise
+    finally:
+        module._hf_hook = hook
+    return hook.post_forward(module, output)
+
+
+def only_brings(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says, within a hook of accelerate's: see in_hook."""
+    own: Any = vars(module)
+    if "_hf_hook" not in own or "_old_forward" not in own:
+        return False
+    wrapped = getattr(own.get("forward"), "__wrapped__", None)
+    if wrapped is not own["_old_forward"] or getattr(wrapped, "__func__", None) is not type(module).forward:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks)
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:

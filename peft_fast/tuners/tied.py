@@ -131,8 +131,14 @@ def warn_of_adapting(model: Any, paths: Sequence[str]) -> None:
 
 
 def warn_of_merging(model: Any) -> None:
-    """Where merging into one of the two writes the other's weight too."""
-    if is_tied(model) and any(isinstance(embedding_of(model, name), BaseTunerLayer) for name in ENDS):
+    """Where merging into one of the two writes the other's weight too, and the other's adapter does not want that."""
+    if not is_tied(model):
+        return
+    layers = [layer for name in ENDS if isinstance(layer := embedding_of(model, name), BaseTunerLayer)]
+    together = any(
+        names and all(map(layer.follows, names)) for layer in layers if (names := layer.available_adapters())
+    )
+    if layers and not together:
         warnings.warn(
             "the output layer shares its weight with the input embedding: merging changes both. Untie them first",
             stacklevel=4,

@@ -85,6 +85,15 @@ PARAMETERS = [
         why="peft does not say so",
     ),
     Row(
+        "experts that are adapted and trained as a whole",
+        lambda l, t: _model(l, target_parameters=DOWN, modules_to_save=["experts"]),
+        TypeError,
+        "modules_to_save cannot be applied to modules of type",
+        ("modules_to_save=['experts'] takes all of them away",),
+        ValueError,
+        why="it names the parameters and the module",
+    ),
+    Row(
         "a parameter of a layer that is adapted too",
         lambda l, t: _model(l, target_modules=["q_proj"], target_parameters=["q_proj.weight"]),
         ValueError,

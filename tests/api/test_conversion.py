@@ -6,6 +6,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peft_fast
 
@@ -90,6 +92,37 @@ def test_options(options, trained_from, llama, tokens, tmp_path):
     for library in LIBRARIES:
         loaded = library.PeftModel.from_pretrained(llama(), tmp_path / "plain")
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=3e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(8, 12, 3), (2, 8, 7, 7)),
+        (lambda: nn.Conv2d(8, 12, 3, groups=2), (2, 8, 7, 7)),  # in peft ranks of other groups are mixed up
+        (lambda: nn.Conv1d(8, 12, 3), (2, 8, 7)),
+        (lambda: Conv1D(12, 8), (3, 8)),
+    ],
+    ids=["conv2d", "grouped", "conv1d", "Conv1D"],
+)
+def test_other_layers(make, shape, options, tmp_path):
+    def base():
+        torch.manual_seed(1)
+        return nn.Sequential(make())
+
+    torch.manual_seed(2)
+    config = peft_fast.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], **options)
+    model, x = peft_fast.get_peft_model(base(), config), torch.randn(shape)
+    for parameter in model.base_model.model[0].lora_A.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))  # so that a mix-up of ranks is seen
+    model.save_pretrained(tmp_path / "initial")
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    expected = model(x)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    for library in LIBRARIES:
+        loaded = library.PeftModel.from_pretrained(base(), tmp_path / "plain")
+        torch.testing.assert_close(loaded(x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_several_plain_adapters_then_live_side_by_side(trained_from, llama, tokens, tmp_path):

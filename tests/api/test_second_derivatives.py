@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import peft_fast
 
@@ -113,3 +114,46 @@ def test_a_layer_alone(change):
         else:
             found.append(torch.func.jacrev(model)(x))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow), "eager"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_experts(implementation):
+    """Second derivatives are peft's. torch.func, which peft's parametrisation fails under, gives the first
+    ones; forward mode too, where torch has it for the experts' own product."""
+
+    def made(library):
+        torch.manual_seed(7)
+        base = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=32, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+                attn_implementation="eager",
+            )
+        )  # fmt: skip
+        base.set_experts_implementation(implementation)
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        config = library.LoraConfig(
+            r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False
+        )  # fmt: skip
+        return library.get_peft_model(base, config)
+
+    def loss(model, parameters):
+        return torch.func.functional_call(model, parameters, (), {"input_ids": IDS, "labels": IDS}).loss
+
+    found = []
+    for library in BOTH:
+        model = made(library)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        first = torch.autograd.grad(model(input_ids=IDS, labels=IDS).loss, parameters, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+        found.append([*(g.detach() for g in first), *second])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    given = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    by_func = torch.func.grad(lambda parameters: loss(model, parameters))(given)
+    torch.testing.assert_close(list(by_func.values()), found[1][: len(given)], rtol=1e-4, atol=1e-6)
+    if implementation != "grouped_mm":
+        tangents = {name: torch.ones_like(p) for name, p in given.items()}
+        _, slope = torch.func.jvp(lambda parameters: loss(model, parameters), (given,), (tangents,))
+        torch.testing.assert_close(slope, sum(g.sum() for g in found[1][: len(given)]), rtol=1e-3, atol=1e-5)

@@ -305,6 +305,7 @@ class Odd(nn.Module):
 
 
 BAD = {
+    "saved-whole": ({"modules_to_save": ["mlp"]}, "modules_to_save=.'mlp'. takes all of them away"),
     "dropout": ({"lora_dropout": 0.1}, "lora_dropout is not for target_parameters"),
     "bias": ({"lora_bias": True}, "lora_bias is not for target_parameters"),
     "dora": ({"use_dora": True}, "use_dora is not for target_parameters"),
@@ -348,6 +349,25 @@ def test_adapters_of_other_parameters_of_a_module_are_refused(untouched):
         peft_fast.inject_adapter_in_model(
             config, base(), state_dict={"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(8, E)}
         )
+
+
+def test_modules_that_are_trained_as_a_whole_get_no_adapters(tmp_path):
+    """As layers in them. peft adapts the parameters of the copy and of the original, and cannot load what it saves."""
+    options = {"target_modules": ["q_proj"], "target_parameters": BOTH, "modules_to_save": ["layers.0.mlp"]}
+    model = adapted(peft_fast, **options)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    first, second = ({n for n in trained if f"layers.{i}.mlp" in n} for i in range(2))
+    assert len(first) == 3
+    assert all(".modules_to_save.default." in name and "lora_" not in name for name in first)
+    assert len(second) == 4
+    assert all("lora_" in name for name in second)
+    logits(model).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.base_model.model.model.layers[0].mlp.modules_to_save.default.experts.down_proj.data.mul_(1.5)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    close(logits(peft_fast.PeftModel.from_pretrained(base(), tmp_path)), expected)
+    close(logits(model.merge_and_unload()), expected)
 
 
 @pytest.mark.parametrize("library", [peft_fast, peft], ids=["ours", "pefts"])

@@ -190,6 +190,46 @@ def test_merging_whole_modules_keeps_the_model_tied_as_in_peft(kind):
         assert any("tie_word_embeddings is set to False" in str(warning.message) for warning in seen) != tie
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_merged_is_unmerged(kind, tmp_path):
+    """One weight, one change; peft adds it twice. The merged model is still tied."""
+    targets = ["c_attn", "lm_head"] if kind == "gpt2" else ["q_proj", "embed_tokens"]
+    model = adapted(peft_fast, kind, target_modules=targets)
+    head, expected = model.base_model.model.lm_head, logits(model, kind)
+    assert isinstance(head, TiedLinear)
+    model.add_adapter("other", peft_fast.LoraConfig(r=2, target_modules=targets[:1]))
+    for safe in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.merge_adapter(safe_merge=safe)
+        close(logits(model, kind), expected, atol=1e-4)
+        assert head.merged_adapters == ["default"]
+        model.unmerge_adapter()
+        assert not head.merged
+        close(logits(model, kind), expected, atol=1e-4)
+    model.merge_adapter()
+    with model.disable_adapter():
+        close(logits(model, kind), logits(base(kind), kind), atol=1e-4)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    close(logits(merged, kind), expected, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    close(logits(type(merged).from_pretrained(tmp_path), kind), expected, atol=1e-4)
+
+
+def test_what_is_not_the_same_change_is_merged_by_each_with_a_warning():
+    for change in ("scale", "dora"):
+        model = adapted(peft_fast, "llama", target_modules=["embed_tokens"], use_dora=change == "dora")
+        head = model.base_model.model.lm_head
+        if change == "scale":
+            head.set_scale("default", 0.5)
+        before, delta = head.weight.detach().clone(), head.get_delta_weight("default")
+        with pytest.warns(UserWarning, match="merging changes both"):
+            model.merge_adapter()
+        if change == "scale":
+            close(head.weight, before + 3 * delta, atol=1e-5)
+
+
 def test_in_16_bits_they_stay_tied_where_pefts_come_apart():
     def shares(model):
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

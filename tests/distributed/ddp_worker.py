@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 folder, rank, world = Path(sys.argv[1]), *join()
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {  # (what makes the model, how it is trained)
     "accumulated": (lambda: models.adapted(models.base()), {"accumulate": 2}),
     "checkpointed": (lambda: models.checkpointed(models.adapted(models.base()), False), {}),
@@ -37,6 +38,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {  # (what makes the model, how i
     ),
     "tokens": (lambda: models.adapted(models.base(), trainable_token_indices=[3, 5]), {}),
     "accelerated": (lambda: models.accelerated(models.base()), {}),
+    "experts": (lambda: models.adapted(models.mixture(), **EXPERTS), {"accumulate": 2}),
+    "experts-checkpointed": (lambda: models.checkpointed(models.adapted(models.mixture(), **EXPERTS), False), {}),
+    "experts-eager": (lambda: models.adapted(models.mixture("eager"), **EXPERTS), {}),
     "nf4": (lambda: models.adapted(models.own()), {}),
     "bitsandbytes": (lambda: models.adapted(models.bitsandbytes()), {}),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import peft_fast
 
@@ -25,6 +25,16 @@ def base(**options: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options}))
+
+
+def mixture(implementation: str = "grouped_mm") -> Any:
+    """A mixture of experts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    model.set_experts_implementation(implementation)
+    return model
 
 
 def adapted(model: nn.Module, library: Any = peft_fast, seed: int = 5, **options: Any) -> Any:

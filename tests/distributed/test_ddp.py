@@ -9,6 +9,7 @@ from .processes import two
 CASES = {
     "training": ["accumulated", "checkpointed", "checkpointed-accumulated", "reentrant", "uneven", "running-out"],
     "adapters": ["dora", "modules-to-save", "embedding", "tied", "tied-adapters", "tokens", "accelerated"],
+    "experts": ["experts", "experts-checkpointed", "experts-eager"],
     "k-bit": ["nf4", "bitsandbytes"],
 }
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_fast.adapter_file import load_peft_weights
+from peft_fast.adapter_file import PREFIX, load_peft_weights
+from peft_fast.tuners.matching import by_pattern
 
 from .config import LoraConfig
 from .converted import convert_to_lora, save_as_lora
+from .initialisation import Start, subtracts
 
 __all__ = ["as_plain_lora", "convert_to_lora", "difference", "save_as_lora"]
 
@@ -39,7 +41,33 @@ def as_plain_lora(
             f"path_initial_model_for_weight_conversion must be the folder of the adapter as it was before training, "
             f"got {str(initial)!r}, which is none"
         )
-    return _of_twice_the_rank(config), difference(tensors, load_peft_weights(initial))
+    before = load_peft_weights(initial)
+    return _of_twice_the_rank(config), difference(_on_untouched_base(config, tensors, before), before)
+
+
+def _on_untouched_base(
+    config: LoraConfig, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`tensors` where the base weights among them, embeddings that are saved with the adapter, are what they were
+    before the adapter's start was taken out of them. Those of few bits are left out: the base model has them."""
+    result = dict(tensors)
+    for key, weight in tensors.items() if subtracts(config.init_lora_weights) else ():
+        path = key.removesuffix(".base_layer.weight")
+        A, B = (initial.get(f"{path}.{name}.weight") for name in ("lora_A", "lora_B"))
+        if path == key or A is None or B is None:
+            continue
+        if not weight.is_floating_point():
+            del result[key]
+            continue
+        wide = torch.promote_types(A.dtype, torch.float32)
+        in_model = path.removeprefix(PREFIX)
+        r = by_pattern(config.rank_pattern, in_model, config.r)
+        alpha = by_pattern(config.alpha_pattern, in_model, config.lora_alpha)
+        result[key] = weight.to("cpu", copy=True)
+        Start(A.to("cpu", wide), B.to("cpu", wide), subtracted=True).take_from(
+            result[key], -alpha / (math.sqrt(r) if config.use_rslora else r)
+        )
+    return result
 
 
 def difference(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,9 +83,20 @@ def difference(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> 
                     f"the initial one has {got}"
                 )
             before = before.to(value)
-            first = key.endswith(A_NAMES)
-            result[key] = torch.cat([value, before if first else -before], dim=0 if first else 1)
+            if key.endswith(B_NAMES):
+                result[key] = torch.cat([value, -before], dim=1)
+            else:  # the ranks of a grouped convolution lie group by group
+                groups = _groups(tensors, key)
+                parts = [factor.unflatten(0, (groups, -1)) for factor in (value, before)]
+                result[key] = torch.cat(parts, dim=1).flatten(0, 1)
     return result
+
+
+def _groups(tensors: Mapping[str, Tensor], key: str) -> int:
+    """Of the layer whose A this is the key of: its B [N, R / groups, ...] has each group's ranks alone."""
+    name = next(name for name in A_NAMES if key.endswith(name))
+    B = tensors.get(key.removesuffix(name) + B_NAMES[A_NAMES.index(name)])
+    return 1 if B is None else max(1, len(tensors[key]) // B.shape[1])
 
 
 def _check(config: LoraConfig) -> None:

@@ -22,6 +22,7 @@ from peft_fast.quant import bitsandbytes
 from peft_fast.quant.weight import QuantizedWeight
 from peft_fast.sharded import is_plain
 from peft_fast.tuners.base_weight import is_touched
+from peft_fast.tuners.offload import only_brings
 
 from .called import why_called
 from .scales import folded
@@ -42,7 +43,7 @@ def why_not(experts: Any, wrappers: dict[str, Any]) -> str | None:
         return f"the model's experts_implementation is {asked_for!r}, not one of {', '.join(GROUPED)}"
     if experts._is_expert_parallel:
         return "its experts are spread over several GPUs"
-    if is_touched(experts) and not bitsandbytes.is_hooked_for_4bit_parameters(experts):
+    if is_touched(experts) and not (only_brings(experts) or bitsandbytes.is_hooked_for_4bit_parameters(experts)):
         return "the module of its experts has hooks or a forward of its own"
     for name in _projections(experts):
         if bitsandbytes.read_4bit_parameter(experts, name) is not None:

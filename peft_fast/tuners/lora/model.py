@@ -16,6 +16,7 @@ from peft_fast.tuners.base import BaseTuner
 from peft_fast.tuners.base_weight import is_bypassed, is_conv1d, is_dense_linear, quantized_weight
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.matching import adaptable_paths, by_pattern, embedding_of, matches
+from peft_fast.tuners.modules_to_save import is_inside_named
 from peft_fast.tuners.names import list_of_names
 from peft_fast.tuners.options import set_fan_in_fan_out
 from peft_fast.tuners.targets import LORA_TARGETS
@@ -105,11 +106,15 @@ class LoraModel(BaseTuner):
         if state_dict is not None:
             raise ValueError("target_parameters are not found in a state_dict: leave that out, or them")
         found: list[tuple[str, str]] = []
+        whole: list[str] = []  # in modules that are trained as a whole
         for path in adaptable_paths(self.model):
             module = self.model.get_submodule(path)
             there = wrappers_of(module)
             base: Any = module.get_base_layer() if isinstance(module, ParamWrapper) else module
             own = [name for name in parameter_names(base) if matches(wanted, f"{path}.{name}")]
+            if is_inside_named(path, config.modules_to_save or ()):
+                whole += [f"{path}.{name}" for name in own]
+                continue
             if there and set(own) != there.keys():
                 raise ValueError(
                     f"the adapters of {path} have to be on the same parameters: there are some on {sorted(there)}, and "
@@ -120,9 +125,15 @@ class LoraModel(BaseTuner):
             raise ValueError(
                 f"target_parameters {sorted(wanted)} name a parameter of the model itself, not of a module"
             )
+        if whole and not found:
+            raise NoMatchingPeftModuleError(
+                f"target_parameters {sorted(wanted)} name {len(whole)} parameters, and modules_to_save="
+                f"{config.modules_to_save} takes all of them away: it trains them as they are"
+            )
         if not found:
             raise NoMatchingPeftModuleError(f"target_parameters {sorted(wanted)} not found in the base model")
-        if idle := {name for name in wanted if not any(matches({name}, ".".join(where)) for where in found)}:
+        met = [*(".".join(where) for where in found), *whole]
+        if idle := {name for name in wanted if not any(matches({name}, path) for path in met)}:
             warnings.warn(f"target_parameters {sorted(idle)} match nothing", RuntimeWarning, stacklevel=4)
         return found
 
@@ -148,6 +159,7 @@ class LoraModel(BaseTuner):
 
     @classmethod
     def check_file(cls, config: LoraConfig, tensors: Mapping[str, Any]) -> None:
+        initialisation.warn_of_chance(config.init_lora_weights)
         rank = max(config.r, *config.rank_pattern.values(), 0)
         largest = max((max(t.shape) for t in tensors.values() if isinstance(t, torch.Tensor) and t.dim()), default=0)
         if largest and rank > largest:
@@ -180,6 +192,7 @@ class LoraModel(BaseTuner):
         vars(given).update(vars(config))
         self.peft_config[adapter_name] = given
         self._warn_of_missing_biases(adapter_name, config)
+        self._warn_of_shared_weights(config)
         for _, layer in self.layers():
             if isinstance(layer, TiedLinear) and adapter_name in layer.lora_A:
                 layer.tie(adapter_name)
@@ -232,6 +245,25 @@ class LoraModel(BaseTuner):
         if not (isinstance(init, str) and initialisation.SLOW.match(init)):
             return paths
         return tqdm(paths, desc=f"initialising by {init}", unit="layer", disable=None, leave=False)
+
+    def _warn_of_shared_weights(self, config: LoraConfig) -> None:
+        """Where a start is taken out of a weight that is not the layer's alone."""
+        changed = [
+            layer for _, layer in self.layers() if any(s.changes_base for s in getattr(layer, "starts", {}).values())
+        ]
+        if not changed:
+            return
+        places: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(name)
+        shared = [names for layer in changed if len(names := places.get(id(layer.weight), [])) > 1]
+        if shared:
+            warnings.warn(
+                f"init_lora_weights={config.init_lora_weights!r} changes a weight that several layers have, "
+                f"{' and '.join(shared[0])}, and the adapter makes up for it in one of them: outputs are not the base "
+                "model's any more. Untie them first (tie_word_embeddings=False), or leave the layer out",
+                stacklevel=4,
+            )
 
     def _warn_of_missing_biases(self, adapter_name: str, config: LoraConfig) -> None:
         if not config.lora_bias:

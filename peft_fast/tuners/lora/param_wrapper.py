@@ -8,6 +8,7 @@ Several parameters of one module have wrappers around one another.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.ops import plain
+from peft_fast.tuners.offload import home, in_hook, onloaded
 
 from . import experts
 from .config import LoraConfig
@@ -105,6 +107,13 @@ class ParamWrapper(LoraLayer):
             self.unmerge()
         if not self.adapters_in_effect():
             return self.base_layer(*args, **kwargs)
+        with ExitStack() as stack:
+            for name in self.adapters_in_effect():
+                for factor in self.factors(name):
+                    stack.enter_context(onloaded(factor))
+            return in_hook(self.get_base_layer(), self._with_adapters, args, kwargs)
+
+    def _with_adapters(self, *args: Any, **kwargs: Any) -> Any:
         if self.why_not_grouped() is None and (call := experts.bound(args, kwargs)) is not None:
             return experts.forward(self.get_base_layer(), self._in_effect(), *call)
         if nn.utils.parametrize.is_parametrized(self.get_base_layer(), self.parameter_name):
@@ -139,8 +148,8 @@ class ParamWrapper(LoraLayer):
             why = self.why_not_grouped()
             if why is None:
                 factors = {factor.weight.dtype for name in self.adapters_in_effect() for factor in self.factors(name)}
-                weight = self.weight
-                return ops.choose_experts(weight.device, weight.dtype, factors, self.backend)
+                weight, device = self.weight, home(self.get_base_layer())
+                return ops.choose_experts(device or weight.device, weight.dtype, factors, self.backend)
             because = f"the adapters are added to the parameter {self.parameter_name} for each forward: {why}"
             return Choice("parameter", "added", because)
         return Choice("base_layer", "base", f"the adapters are {self.why_idle()}")
@@ -179,3 +188,12 @@ def wrappers_of(module: nn.Module) -> dict[str, ParamWrapper]:
         found[module.parameter_name] = module
         module = module.base_layer
     return found
+
+
+def path_for_patterns(layer: LoraLayer, path: str) -> str:
+    """What rank_pattern and alpha_pattern are looked up with, of a layer at this path in the model: a parameter's."""
+    if not isinstance(layer, ParamWrapper):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{layer.parameter_name}"

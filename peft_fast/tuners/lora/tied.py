@@ -1,5 +1,6 @@
 """LoRA around an output layer that shares its weight with the input embedding, for ensure_weight_tying."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ class TiedLinear(Linear):
     their own, as in peft, in the memory of those. What an optimiser writes to one is in the other.
 
     peft loses this when the adapter is cast or moved, and so for every model in 16 bits; here it is kept.
+    Where the two share their weight, merging writes to it once, by the embedding; peft adds the change twice.
     """
 
     starts_from_weight = False  # its factors are the embedding's
@@ -29,6 +31,7 @@ class TiedLinear(Linear):
         lora_alpha: float,
         tied_to: Embedding,
     ) -> None:
+        self._merged_there: list[str] = []  # by the embedding, into the weight of both
         self._tied_to = [tied_to]  # in a list, so as not to be a submodule; the adapter is made in super().__init__
         super().__init__(base_layer, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
 
@@ -59,6 +62,33 @@ class TiedLinear(Linear):
             own: Any = layer.weight
             if own.data_ptr() != values.data_ptr() and _same(own.data, values):
                 own.data = values
+
+    def follows(self, adapter_name: str) -> bool:
+        """Whether merging the adapter into the embedding's weight merges it here too: one weight, and one change."""
+        embedding = self._tied_to[0]
+        if self.weight is not embedding.weight or adapter_name not in embedding.lora_embedding_A:
+            return False
+        if self.use_dora[adapter_name] or self.scaling[adapter_name] != embedding.scaling[adapter_name]:
+            return False
+        return all(_same(f.weight, v) for f, v in zip(self.factors(adapter_name), self._of_embedding(adapter_name)))
+
+    @torch.no_grad()
+    def add_to_base(self, adapter_names: Sequence[str], undoable: bool = True) -> None:
+        there = [name for name in adapter_names if self.follows(name)]
+        if there:
+            self._tied_to[0].add_to_base(there, undoable)
+            self.merged_adapters += there
+            self._merged_there += there
+        super().add_to_base([name for name in adapter_names if name not in there], undoable)
+
+    def unmerge(self) -> None:
+        """Of what the embedding has merged, nothing is left to do here."""
+        if self._merged_there:
+            self.merged_adapters[:] = [name for name in self.merged_adapters if name not in self._merged_there]
+            self._merged_there.clear()
+            if not self.merged:
+                return
+        super().unmerge()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -84,6 +84,17 @@ def begin(layer: Any, adapter_name: str, config: Any) -> Start | None:
     return start
 
 
+def warn_of_chance(init: Any) -> None:
+    """Of a file whose adapter goes with base weights that lack what chance has drawn."""
+    if NITER.fullmatch(str(init)):
+        warnings.warn(
+            f"init_lora_weights={init!r} draws at random what it takes out of the base weights: they lose other "
+            "values now than before training, and outputs differ. Save such adapters with "
+            "path_initial_model_for_weight_conversion, and they load exactly",
+            stacklevel=4,
+        )
+
+
 def _before_eva(layer: Any, adapter_name: str) -> None:
     """B is zero; A is as its module draws it, until initialize_lora_eva_weights. Layers that EVA is not for start
     plainly."""
@@ -179,4 +190,15 @@ def _check_result(layer: Any, name: str, start: Start, scale: float) -> None:
         raise ValueError(f"init_lora_weights={name!r} gives values that the base weight's dtype cannot hold")
 
 
-__all__ = ["NAMES", "SLOW", "Start", "begin", "changes_base", "method_of", "rows_in_full", "subtracts", "unround"]
+__all__ = [
+    "NAMES",
+    "SLOW",
+    "Start",
+    "begin",
+    "changes_base",
+    "method_of",
+    "rows_in_full",
+    "subtracts",
+    "unround",
+    "warn_of_chance",
+]

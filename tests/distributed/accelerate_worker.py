@@ -2,8 +2,11 @@
 
 arguments: a folder, and the cases
 
-On CPUs accelerate takes several processes for DDP and refuses to see FSDP, which it has for GPUs alone. `fsdp_on_cpu`
-makes its state say FSDP; all that it does then (sharding, state dicts, checkpoints) is its own code.
+On CPUs accelerate takes several processes for DDP and refuses to see FSDP, which it has for GPUs alone: in 1.15.0's
+state.py ACCELERATE_USE_FSDP and the plugin are read for MULTI_GPU and other cards' types only, and processes that are
+told of the CPU (--cpu, ACCELERATE_USE_CPU) are MULTI_CPU, those that are not and have no card NO, with one process. So
+no option or variable of the launcher's does it. `fsdp_on_cpu` makes its state say FSDP; all that it does then
+(sharding, state dicts, checkpoints) is its own code.
 """
 
 import os

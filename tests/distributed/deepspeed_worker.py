@@ -1,8 +1,9 @@
 """What test_deepspeed.py starts twice: ZeRO-3 on CPUs, through gloo. Trains alone and sharded, saves, loads.
 
-arguments: the folder for adapters
+arguments: the folder for adapters, and cases of CASES
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import models
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate_worker import with_trainer
 from processes import join, tell
 
 import peft_fast
 
-folder, rank, world = Path(sys.argv[1]), *join()
+folder = Path(sys.argv[1])
+# Trainer starts DeepSpeed's own exchange, as accelerate does.
+rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "trainer" in sys.argv else join()
 SETTINGS = {
     "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.0,
@@ -80,11 +85,45 @@ def run(name: str, make: Any) -> dict[str, Any]:
     return {"losses": losses, "refused": refused, "routes": sorted(said), **({"after": after} if rank == 0 else {})}
 
 
+def without_compiling() -> None:
+    """DeepSpeed compiles a way to exchange tensors through shared memory at its first start on a CPU, for minutes, and
+    waits for ever where another process was killed at that. Without it there is gloo."""
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    __compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def deepspeed_on_cpu() -> None:
+    """accelerate (1.15, state.py) leaves DeepSpeed out where it is told of the CPU, and without a GPU, and not told, it
+    finds no backend and counts one process. Here it finds gloo; all that it does then is its own code."""
+    original = PartialState._prepare_backend
+
+    def prepare(self: Any, cpu: bool = False, *args: Any, **kwargs: Any) -> Any:
+        return original(self, True, *args, **kwargs)
+
+    PartialState._prepare_backend = prepare
+
+
+def through_trainer(name: str) -> dict[str, Any]:
+    """Trainer(deepspeed=...): trains, evaluates, writes checkpoints, resumes from one, saves the adapter."""
+    deepspeed_on_cpu()
+    settings = {
+        "zero_optimization": SETTINGS["zero_optimization"], "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+    }  # fmt: skip
+    return with_trainer(name, lambda: models.adapted(models.base()), deepspeed=settings, use_cpu=False)
+
+
+CASES: dict[str, Any] = {
+    "dense": lambda name: run(name, lambda: models.adapted(models.base())),
+    "dora": lambda name: run(name, lambda: models.adapted(models.base(), use_dora=True)),
+    "nf4": lambda name: run(name, lambda: models.adapted(models.own())),
+    "trainer": through_trainer,
+}
+
 if __name__ == "__main__":
-    cases = {
-        "dense": lambda: models.adapted(models.base()),
-        "dora": lambda: models.adapted(models.base(), use_dora=True),
-        "nf4": lambda: models.adapted(models.own()),
-    }
-    tell(folder, rank, {name: run(name, cases[name]) for name in sys.argv[2:]})
+    without_compiling()
+    tell(folder, rank, {name: CASES[name](name) for name in sys.argv[2:]})
     dist.barrier()

@@ -30,7 +30,8 @@ LAUNCHERS = {
 
 def environment(**changed: str) -> dict[str, str]:
     """Of a process that finds this checkout, and talks to the others on this machine alone."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent / "ecosystem")])}
+    given = [path for path in [os.environ.get("PYTHONPATH")] if path]  # where DeepSpeed may be
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent / "ecosystem"), *given])}
     quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **paths, **quiet, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **changed}
 

@@ -53,6 +53,10 @@ def rewarded(model: Any, folder: Path, **options: Any) -> Any:
     )  # fmt: skip
 
 
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+    "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+}  # fmt: skip
 TRAINERS = {"sft": supervised, "dpo": preferring, "grpo": rewarded}
 
 
@@ -122,16 +126,17 @@ def test_checkpoints_hold_adapters_alone_and_resuming_is_not_noticed(tmp_path, k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", TRAINERS)
 def test_evaluating_in_between_and_the_best_model(tmp_path, kind, name):
-    options = {
-        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-        "load_best_model_at_end": True,
-    }  # fmt: skip
-    made = trained(kind, TRAINERS[name], tmp_path, **options)
+    made = trained(kind, TRAINERS[name], tmp_path, **BEST)
     evaluated = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
     assert len(evaluated) == 2
-    assert made.evaluate()["eval_loss"] == pytest.approx(min(evaluated), abs=1e-4)
+    assert made.state.best_metric == min(evaluated)
+    best = load_file(tmp_path / f"checkpoint-{2 + 2 * evaluated.index(min(evaluated))}" / "adapter_model.safetensors")
+    mine = made.model.state_dict()
+    assert all(torch.equal(mine[key.replace(".weight", ".default.weight")], tensor) for key, tensor in best.items())
+    if name != "grpo":  # whose evaluations draw other answers each time
+        assert made.evaluate()["eval_loss"] == pytest.approx(min(evaluated), abs=1e-4)
 
 
 def test_an_adapter_on_the_head_is_refused_as_with_peft(tmp_path):
@@ -169,3 +174,40 @@ def test_a_model_that_the_trainer_made_is_accelerated_in_place(tmp_path):
     assert distance(*runs) < 1e-5
     peft_fast.restore(made.model)
     assert {row.route for row in peft_fast.explain(made.model, show=False).rows} == {"peft"}
+
+
+@pytest.mark.slow
+def test_a_model_that_the_trainer_made_has_all_of_a_trainers_life_accelerated(tmp_path):
+    """SFTTrainer(peft_config=) where peft is installed: checkpoints, resuming, evaluating, the best model, saving."""
+    import peft
+
+    def run(accelerates, resume=None):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+        folder = tmp_path / str(accelerates)
+        arguments = trl.SFTConfig(output_dir=str(folder), max_length=32, bf16=False, **{**SETTINGS, **BEST})
+        rows = datasets.Dataset.from_dict({"text": TEXTS})
+        made = trl.SFTTrainer(
+            model=base(), args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer(),
+            peft_config=config,
+        )  # fmt: skip
+        if accelerates:
+            peft_fast.accelerate(made.model)
+        made.train(resume_from_checkpoint=resume)
+        evaluated = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
+        assert made.evaluate()["eval_loss"] == pytest.approx(min(evaluated), abs=1e-5)
+        return made, losses(made) + evaluated
+
+    theirs, ours = run(False), run(True)
+    assert distance(theirs[1], ours[1]) < 1e-5
+    checkpoint = tmp_path / "True" / "checkpoint-2"
+    assert "model.safetensors" not in tensor_files(checkpoint)
+    assert all(".lora_" in key for key in load_file(checkpoint / "adapter_model.safetensors"))
+    assert distance(run(True, str(checkpoint))[1], ours[1]) < 1e-5
+    ours[0].save_model(str(tmp_path / "saved"))
+    ids = torch.arange(4, 20).view(2, 8)
+    with torch.no_grad():
+        expected = ours[0].model.eval()(input_ids=ids).logits
+        for library in (peft, peft_fast):
+            read = library.PeftModel.from_pretrained(base(), tmp_path / "saved").eval()
+            assert torch.allclose(read(input_ids=ids).logits, expected, atol=1e-5)

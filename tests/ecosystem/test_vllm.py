@@ -1,8 +1,15 @@
-"""save_pretrained(vllm_compatible=True): read as vLLM reads it. vLLM itself needs a GPU and is not run here."""
+"""save_pretrained(vllm_compatible=True): read as vLLM reads it, by a reader written from its source, and by its own
+code where that is at hand: vLLM installed, or VLLM_WHEEL, the path of a wheel (pip download vllm --no-deps), which
+needs no GPU. Its server and kernels are not run here."""
 
+import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -126,3 +133,73 @@ def test_convolutions_and_embeddings_of_the_base_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the vocabulary was resized"):
         resized.save_pretrained(tmp_path / "a", vllm_compatible=True)
     assert not (tmp_path / "a").exists()
+
+
+def of_vllm():
+    """The wheel or the installed folder, or None."""
+    if wheel := os.environ.get("VLLM_WHEEL"):
+        return Path(wheel).resolve()
+    spec = importlib.util.find_spec("vllm")
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+with_vllm = pytest.mark.skipif(
+    of_vllm() is None, reason="no vLLM: pip download vllm --no-deps, and VLLM_WHEEL=its path"
+)
+
+
+def read_by_vllm(tmp_path, *folders):
+    results = tmp_path / "results"
+    results.mkdir()
+    command = [sys.executable, str(Path(__file__).with_name("vllm_reader.py")), str(of_vllm()), str(results)]
+    done = subprocess.run([*command, *map(str, folders)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((results / "found.json").read_text()), results
+
+
+@with_vllm
+def test_vllms_own_loader_reads_what_the_model_computes(tmp_path):
+    models, ids = {}, torch.randint(4, 30, (2, 9))
+    for name, options in OPTIONS.items():
+        models[name] = make(**options)
+        models[name].save_pretrained(tmp_path / name, vllm_compatible=True)
+    # As they are, with what vLLM cannot serve: it sees so itself.
+    make(use_dora=True).save_pretrained(tmp_path / "dora")
+    found, results = read_by_vllm(tmp_path, *(tmp_path / name for name in (*OPTIONS, "dora")))
+    assert "DoRA" in found["dora"]["error"]
+    for name, model in models.items():
+        assert "error" not in found[name], found[name]
+        assert found[name]["rank"] == max(layer.r["default"] for _, layer in model.base_model.layers())
+        served = base().eval()
+        deltas = load_file(results / f"{name}.safetensors")
+        assert len(deltas) == sum(1 for _ in model.base_model.layers())
+        for path, delta in deltas.items():
+            served.get_submodule(path).weight.data += delta
+        with torch.no_grad():
+            assert torch.allclose(served(input_ids=ids).logits, model(input_ids=ids).logits, atol=2e-5), name
+
+
+@with_vllm
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_vllms_own_checks_take_the_starts_that_ours_take(tmp_path, init):
+    """Starts that change the base weights are refused by both; after the conversion to plain LoRA both take them."""
+    model = make(init_lora_weights=init)
+    if init in ("pissa", "olora"):
+        with pytest.raises(ValueError, match="changed the base weights"):
+            model.save_pretrained(tmp_path / "saved", vllm_compatible=True)
+        torch.manual_seed(5)
+        fresh = peft_fast.get_peft_model(
+            base(), peft_fast.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=init)
+        )
+        fresh.peft_config["default"].init_lora_weights = True
+        fresh.save_pretrained(tmp_path / "start")
+        fresh.peft_config["default"].init_lora_weights = init
+        fresh.save_pretrained(tmp_path / "saved", path_initial_model_for_weight_conversion=tmp_path / "start")
+        converted = peft_fast.PeftModel.from_pretrained(base(), tmp_path / "saved")
+        converted.save_pretrained(tmp_path / "served", vllm_compatible=True)
+        folder = tmp_path / "served"
+    else:
+        model.save_pretrained(tmp_path / "saved", vllm_compatible=True)
+        folder = tmp_path / "saved"
+    found, _ = read_by_vllm(tmp_path, folder)
+    assert "error" not in found[folder.name], found

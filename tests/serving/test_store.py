@@ -2,6 +2,7 @@
 runs."""
 
 import copy
+import sys
 import threading
 
 import peft
@@ -246,3 +247,31 @@ def test_refuses_models_and_arguments(folders, ids):
     with pytest.raises(ValueError, match="one name a sample"):
         store(ids, adapter_names=["a"])
     assert repr(store).startswith("AdapterStore(1 adapters, 0.0 MiB")
+
+
+def test_memory_can_be_asked_for_while_another_thread_loads(folders):
+    """As a page of metrics does: Python's sum over a dictionary that another thread changes raises."""
+    store = AdapterStore(llama())
+    store.load("a", folders["a"])
+    stored, one, errors, done = store._adapters["a"], store.nbytes, [], threading.Event()
+
+    def ask():
+        try:
+            while not done.is_set():
+                assert store.nbytes in (one, 2 * one)
+        except Exception as error:  # noqa: BLE001 (of another thread: shown below)
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    asking = threading.Thread(target=ask)
+    try:
+        sys.setswitchinterval(1e-6)
+        asking.start()
+        for _ in range(5000):
+            store._put("b", stored)
+            store._forget("b")
+    finally:
+        done.set()
+        asking.join()
+        sys.setswitchinterval(interval)
+    assert errors == []

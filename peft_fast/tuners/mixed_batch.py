@@ -169,7 +169,7 @@ def adapters_of(names: Names) -> list[str]:
         return list(names.adapters)
     flat: list[str] = []
     for name in names:
-        of_sample = name if isinstance(name, list | tuple) else [name]
+        of_sample: Sequence[Any] = name if isinstance(name, list | tuple) else [name]
         wrong = [one for one in of_sample if not isinstance(one, str)]
         if wrong:
             raise TypeError(

@@ -253,12 +253,13 @@ def test_memory_can_be_asked_for_while_another_thread_loads(folders, monkeypatch
     """Python's sum over a dictionary that another thread changes raises: here one loads between two adapters."""
     store = AdapterStore(llama())
     store.load("a", folders["a"])
+    store.load("b", folders["b"])
     own, begun = StoredAdapter.nbytes.fget, []
 
     def nbytes(adapter):
         if not begun:
             begun.append(True)
-            loading = threading.Thread(target=store.load, args=("b", folders["b"]))
+            loading = threading.Thread(target=store.load, args=("c", folders["b"]))
             loading.start()
             loading.join()
         return own(adapter)
@@ -266,5 +267,5 @@ def test_memory_can_be_asked_for_while_another_thread_loads(folders, monkeypatch
     one = store.nbytes
     monkeypatch.setattr(StoredAdapter, "nbytes", property(nbytes))
     assert store.nbytes == one
-    assert store.names == ["a", "b"]
+    assert store.names == ["a", "b", "c"]
     assert store.nbytes > one

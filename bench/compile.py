@@ -3,12 +3,12 @@
     python -m bench.compile [--quick] [--targets 80,90] [--only lora_down] [--diff]
 
 Each target gets the launch configurations that a GPU of its kind would get. One row a kernel, target and variant,
-printed and written to bench/results/compile.csv, beside the rows of other versions of Triton. A row fails, and the
-command with it, when the kernel spills, does not fit the shared memory, uses fp64, has no tensor-core instruction where
-it multiplies 16-bit matrices, does not copy the operands of such a loop asynchronously, contracts a product and a sum
-where the format rounds both, or dequantises with more than SASS_BUDGET instructions per weight.
+printed and written to bench/results/compile/<target>.csv, beside the rows of other versions of Triton. A row fails, and
+the command with it, when the kernel spills, does not fit the shared memory, uses fp64, has no tensor-core instruction
+where it multiplies 16-bit matrices, does not copy the operands of such a loop asynchronously, contracts a product and
+a sum where the format rounds both, or dequantises with more than SASS_BUDGET instructions per weight.
 
-`--diff` compares with the rows in the CSV of the same version instead of writing them; `--only` replaces no others.
+`--diff` compares with the rows in the CSVs of the same version instead of writing them; `--only` replaces no others.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import triton
 from bench.compile_cases import launches
 from bench.launches import Launch, compile_for
 
-CSV = Path(__file__).parent / "results" / "compile.csv"
+FOLDER = Path(__file__).parent / "results" / "compile"  # a file a target: sm_80.csv
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # the most that one block may have
 TARGETS = tuple(SHARED_KB)
@@ -162,9 +162,13 @@ def report(rows: list[Row]) -> int:
     return 1 if faults else 0
 
 
-def _stored() -> list[dict[str, str]]:
-    with CSV.open(newline="") as file:
-        return list(csv.DictReader(file))
+def stored() -> list[dict[str, str]]:
+    """The rows of all targets' files, of every version of Triton."""
+    rows = []
+    for path in sorted(FOLDER.glob("sm_*.csv")):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
 
 
 def _as_text(row: Row) -> dict[str, str]:
@@ -172,9 +176,9 @@ def _as_text(row: Row) -> dict[str, str]:
 
 
 def difference(rows: list[Row]) -> list[str] | None:
-    """What changed against the rows of this Triton version in the CSV, one line each; None if it has none."""
+    """What changed against the rows of this Triton version in the CSVs, one line each; None if it has none."""
     key = ("kernel", "target", "variant")
-    before = {tuple(row[k] for k in key): row for row in _stored() if row["triton"] == triton.__version__}
+    before = {tuple(row[k] for k in key): row for row in stored() if row["triton"] == triton.__version__}
     if not before:
         return None
     after = {tuple(row[k] for k in key): row for row in map(_as_text, rows)}
@@ -190,13 +194,16 @@ def difference(rows: list[Row]) -> list[str] | None:
 
 
 def write(rows: list[Row], only: str = "") -> None:
-    """Into the CSV, in place of this Triton version's rows, of those that `only` selects; all others stay."""
-    others = [row for row in _stored() if not _replaced(row, only)] if CSV.exists() else []
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*others, *map(_as_text, rows)])
-    print(f"wrote {CSV}")
+    """Into the CSVs, in place of this Triton version's rows, of those that `only` selects; all others stay."""
+    before = stored()
+    now = [*(row for row in before if not _replaced(row, only)), *map(_as_text, rows)]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for target in dict.fromkeys(row["target"] for row in [*before, *now]):
+        with (FOLDER / f"{target}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in now if row["target"] == target)
+    print(f"wrote {FOLDER}")
 
 
 def _replaced(row: dict[str, str], only: str) -> bool:
@@ -208,7 +215,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the matrix, in under a minute")
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, without the dot")
     parser.add_argument("--only", default="", help="only kernels or variants whose name contains this")
-    parser.add_argument("--diff", action="store_true", help="print what changed against the CSV, and do not write it")
+    parser.add_argument("--diff", action="store_true", help="print what changed against the CSVs, and do not write it")
     options = parser.parse_args()
     rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
     status = report(rows)

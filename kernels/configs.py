@@ -43,7 +43,7 @@ def _newest(table: dict[int, Any], device: torch.device) -> Any:
 
 
 # A multiple of every quantisation block. Words a thread has in flight: 4, and 8 where there is more bandwidth to
-# fill; 5.84 SASS instructions per weight with 4, 5.45 with 8 (sm_89, sm_90: compile.csv).
+# fill; 5.84 SASS instructions per weight with 4, 5.45 with 8 (sm_89, sm_90: bench/results/compile).
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
 
@@ -152,7 +152,7 @@ SUM_PARTIALS = dict(BLOCK=512, num_warps=4, enable_fp_fusion=True)
 
 
 def dequantize_merge(itemsize: int, aligned: bool) -> dict:
-    """None of these spills. Eight warps hold 64 to 102 registers a thread in 16 bits (sm_89, compile.csv), so that 16
+    """None of these spills. Eight warps hold 64 to 102 registers a thread in 16 bits (sm_89, make compile), so that 16
     to 24 warps fit an SM; four hold twice as many weights and registers each. Ranks come in tiles of 16, whatever the
     rank: wider ones take registers from the weights. One stage: for most ranks the loop has one step or two."""
     if not aligned:

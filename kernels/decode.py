@@ -6,7 +6,7 @@
 The table of sixteen codes lies across the lanes of a warp, code[i] in lanes i and i + 16, and a look-up is a warp
 shuffle: one shift and one SHFL per weight. No shared memory is touched and, because the hardware uses only the low four
 bits of the index, none are masked. (tl.gather, whose table lies in shared memory, made the whole dequantisation more
-than twice as long, which is 5.84 instructions per weight on sm_89: compile.csv.) Shuffles issue at a quarter of the
+than twice as long, which is 5.84 instructions per weight on sm_89: results/compile.) Shuffles issue at a quarter of the
 rate of additions, which is what four additions would cost; a byte permutation (PRMT) needs five instructions per weight
 of exact fp32, each at half rate.
 

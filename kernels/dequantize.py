@@ -5,7 +5,7 @@ scales). Bit-exact with quant/blockwise.py and quant/int8.py: both roundings of 
 
 A thread reads a word of eight weights and writes their sixteen bytes, both coalesced, so nothing passes through shared
 memory. NF4 to bf16 in nested blocks of 64 takes 5.4 to 5.8 SASS instructions per weight, all of the kernel counted, on
-sm_80 to sm_120 (bench/results/compile.csv). The same in plain torch: reference.py.
+sm_80 to sm_120 (bench/results/compile). The same in plain torch: reference.py.
 """
 
 import torch

@@ -61,7 +61,7 @@ def test_faults_are_noticed():
 
 
 def test_rows_of_other_versions_stay_and_changes_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(matrix, "CSV", tmp_path / "compile.csv")
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path / "compile")
     row = matrix.Row("3.7.1", "k", "sm_80", "bf16", 10, 0, 1.0, 1, 1, 0, 0, 100, 5.5, "")
     monkeypatch.setattr(matrix.triton, "__version__", "3.7.1")
     matrix.write([row])
@@ -79,6 +79,13 @@ def test_rows_of_other_versions_stay_and_changes_are_reported(tmp_path, monkeypa
     assert matrix.difference([row, other]) == []
     matrix.write([worse], only="k bf16")
     assert matrix.difference([worse, other]) == []
+    elsewhere = matrix.Row(**{**matrix.asdict(row), "target": "sm_120"})
+    matrix.write([worse, other, elsewhere])
+    assert matrix.difference([worse, other, elsewhere]) == []
+    lines = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "compile").iterdir()}
+    assert lines == {"sm_80.csv": 4, "sm_120.csv": 2}  # with the header, and 3.8.0's row
+    matrix.write([worse, other])
+    assert matrix.difference([worse, other]) == []  # what is gone from a target's file is gone
 
 
 def overflows(launch: Launch) -> list[str]:

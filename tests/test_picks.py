@@ -1,7 +1,6 @@
 """`auto` launches nothing that the compile matrix says spills or does not fit: every launch that ops/table.py's picks
-make on a card is looked up in bench/results/compile.csv."""
+make on a card is looked up in bench/results/compile."""
 
-import csv
 import functools
 
 import pytest
@@ -15,10 +14,9 @@ Rows = dict[tuple[str, str, str], dict[str, str]]  # (kernel, target, variant): 
 
 @functools.cache
 def rows() -> Rows:
-    with matrix.CSV.open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row["triton"] == triton.__version__]
+    found = [row for row in matrix.stored() if row["triton"] == triton.__version__]
     if not found:
-        pytest.skip(f"compile.csv has no rows of Triton {triton.__version__}: make compile")
+        pytest.skip(f"bench/results/compile has no rows of Triton {triton.__version__}: make compile")
     return {(row["kernel"], row["target"], row["variant"]): row for row in found}
 
 
@@ -37,7 +35,7 @@ def problems(capability: int, known: Rows) -> list[str]:
         variant = exact.get(launch) or next((v for v, other, _ in jobs if covers(other, launch)), None)
         row = known.get((launch.name, f"sm_{capability}", str(variant)))
         if row is None:
-            found.append(f"{launch.name}, {pick.variant}: no row of {variant} in compile.csv (make compile)")
+            found.append(f"{launch.name}, {pick.variant}: no row of {variant} in bench/results/compile (make compile)")
         elif int(row["spill_bytes"]) or float(row["shared_kb"]) > matrix.SHARED_KB[capability] or row["fault"]:
             found.append(f"{launch.name}, {pick.variant}: {variant} spills or does not fit: {row}")
     return found

@@ -151,7 +151,7 @@ class AdapterStore:
     @property
     def nbytes(self) -> int:
         """Of the adapters in memory."""
-        return sum(adapter.nbytes for adapter in self._adapters.values())
+        return sum(adapter.nbytes for adapter in list(self._adapters.values()))  # a copy: other threads load and unload
 
     def __contains__(self, name: object) -> bool:
         return name in self._sources

@@ -176,10 +176,22 @@ class MixedBatch:
 
 
 def adapters_of(names: Names) -> list[str]:
-    """The adapters among the names, in the order of their first samples; all that TokenAdapters have."""
+    """The adapters among the names, in the order of their first samples; all that TokenAdapters have.
+
+    Raises TypeError for what is neither a name nor a sample's list of names.
+    """
     if isinstance(names, TokenAdapters):
         return list(names.adapters)
-    flat = (one for name in names for one in ([name] if isinstance(name, str) else name))
+    flat: list[str] = []
+    for name in names:
+        of_sample: Sequence[Any] = name if isinstance(name, list | tuple) else [name]
+        wrong = [one for one in of_sample if not isinstance(one, str)]
+        if wrong:
+            raise TypeError(
+                "adapter_names must have a name for each sample, or a list of one a token, "
+                f"got {wrong[0]!r}; for the base model alone it is {BASE!r}"
+            )
+        flat += of_sample
     return [name for name in dict.fromkeys(flat) if name != BASE]
 
 

@@ -343,6 +343,8 @@ def test_dora_and_convolutions_one_adapter_after_the_other():
     [
         (["a", "x", "b", "z"], ValueError, "do not exist: x, z; there are 'a', 'b', '__base__'"),
         ("aabb", TypeError, "must be a list"),
+        (["a", None, "b", "a"], TypeError, "got None; for the base model alone it is '__base__'"),
+        (["a", ["b", 7], "b", "a"], TypeError, "got 7"),
         (["a"], ValueError, "got 1 for an input of 4"),
         ([], ValueError, "got 0 for an input of 4"),
     ],

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fast
 from peft_fast import AdapterStore
+from peft_fast.serving.adapter import StoredAdapter
 from peft_fast.serving.layer import ServedLinear
 
 
@@ -246,3 +247,25 @@ def test_refuses_models_and_arguments(folders, ids):
     with pytest.raises(ValueError, match="one name a sample"):
         store(ids, adapter_names=["a"])
     assert repr(store).startswith("AdapterStore(1 adapters, 0.0 MiB")
+
+
+def test_memory_can_be_asked_for_while_another_thread_loads(folders, monkeypatch):
+    """Python's sum over a dictionary that another thread changes raises: here one loads between two adapters."""
+    store = AdapterStore(llama())
+    store.load("a", folders["a"])
+    store.load("b", folders["b"])
+    own, begun = StoredAdapter.nbytes.fget, []
+
+    def nbytes(adapter):
+        if not begun:
+            begun.append(True)
+            loading = threading.Thread(target=store.load, args=("c", folders["b"]))
+            loading.start()
+            loading.join()
+        return own(adapter)
+
+    one = store.nbytes
+    monkeypatch.setattr(StoredAdapter, "nbytes", property(nbytes))
+    assert store.nbytes == one
+    assert store.names == ["a", "b", "c"]
+    assert store.nbytes > one

@@ -19,6 +19,7 @@ from bench import (
     bench_dequantize,
     bench_dora,
     bench_experts,
+    bench_joint,
     bench_layer,
     bench_lora_linear,
     bench_mixed_batch,
@@ -28,8 +29,8 @@ from bench.harness import LOADED, RESULTS, ROUNDS, Case, Row, _version, append, 
 from bench.plot import plot, ratios
 
 MODULES = (  # the layer last: a CUDA graph that could not be captured leaves torch's generator in doubt
-    bench_dequantize, bench_lora_linear, bench_dora, bench_experts, bench_decode, bench_mixed_batch, bench_qlora_step,
-    bench_layer,
+    bench_dequantize, bench_lora_linear, bench_dora, bench_experts, bench_decode, bench_mixed_batch, bench_joint,
+    bench_qlora_step, bench_layer,
 )  # fmt: skip
 
 

@@ -109,6 +109,14 @@ class MixedBatches:
             with self._activated(kwargs, offsets, inputs, generating):
                 yield
             return
+        with self._counts_kept_on_error(), self._named(names, offsets, kwargs, inputs, generating):
+            yield
+
+    @contextmanager
+    def _named(
+        self, names: Any, offsets: Any, kwargs: Mapping[str, Any], inputs: Tensor | None, generating: bool
+    ) -> Iterator[None]:
+        """Within, the model's layers go by these adapter_names."""
         if isinstance(names, str) or not isinstance(names, Sequence | TokenAdapters):
             raise TypeError(f"adapter_names must be a list with a name for each sample, got {names!r}")
         holders = self._holders()
@@ -131,6 +139,18 @@ class MixedBatches:
             by_token = ActivatedBatch(adapters, names, offsets, length, batch.repeats, *batch.randomness)  # type: ignore[arg-type]
             with within(self.base_model, linear, by_token):
                 yield
+
+    @contextmanager
+    def _counts_kept_on_error(self) -> Iterator[None]:
+        """A forward that raises draws no dropout: the next one has the masks that it would have had."""
+        training = self._mixed_training
+        counts = {} if training is None else dict(training.counts)
+        try:
+            yield
+        except BaseException:
+            if training is not None:
+                training.counts.update(counts)
+            raise
 
     @contextmanager
     def _activated(

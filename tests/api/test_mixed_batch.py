@@ -438,3 +438,17 @@ def test_one_adapter_drops_what_it_drops_beside_others(dora):
         grads.append([p.grad for n, p in model.named_parameters() if ".a." in n])
     assert all(g is not None for g in grads[0])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_forward_draws_no_dropout():
+    config = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.3}
+    outputs = []
+    for refused in (False, True):
+        model = with_adapters(peft_fast, llama(), config, config)
+        model.enable_mixed_batch_training(seeds={"a": 5, "b": 6})
+        model.train()
+        if refused:
+            with pytest.raises(ValueError, match="one name a sample"):
+                model(input_ids=ids(), adapter_names=["a", "b"])
+        outputs.append(model(input_ids=ids(), adapter_names=["a", "b", "a", "b"]).logits)
+    assert torch.equal(*outputs)

@@ -1,7 +1,7 @@
 """A step of four jobs, each with its own adapter, data and optimiser: together on one base, and with HF PEFT.
 
-    ours, joint       JobTrainer: one forward and backward for all four, four optimisers
-    ours, in turn     the same with max_tokens=512: a job a forward, and the memory of one
+    ours, joint       JobTrainer, max_tokens=None: one forward and backward for all four, four optimisers
+    ours, in turn     with max_tokens=512, a CPU's default: a job a forward, and the memory of one
     peft, one base    the four adapters in one model, one job's step after the other, with set_adapter between them
     peft, four bases  a model for each job, as four processes have it
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +26,12 @@ from .job import Job, JobResult
 from .running import Running
 
 Batch = list[tuple[Running, list[Sample]]]
-PADDED = (
-    1.25  # tokens of a forward, padding included, for one that is none: 4 jobs of 1 x 512, 2 x 256, 4 x 128 and 8 x
-)
-# 64 tokens took 4.2 times as long in one forward as in one each
+# Tokens of a forward on a CPU: 4 jobs of 512 took 0.91 of peft's time one after the other and 1.09 in one forward, one
+# thread of an EPYC, small Llama in fp32 (bench/bench_joint.py).
+CPU_TOKENS = 512
+# Tokens of a forward, padding included, for one that is none: 4 jobs of 1 x 512, 2 x 256, 4 x 128 and 8 x 64 tokens
+# took 4.2 times as long in one forward as in one each.
+PADDED = 1.25
 
 
 class JobTrainer:
@@ -39,7 +41,8 @@ class JobTrainer:
     checkpointing must be switched on before.
     autocast: torch.bfloat16 for forwards under autocast. None: as the model is, or as a torch.autocast around the calls
     says.
-    max_tokens: of a forward, padding included; None for no limit. Jobs that have no room in it, or whose samples are so
+    max_tokens: of a forward, padding included; None for no limit; "auto": none, but on a CPU 512, whose cores are busy
+    with that many and whose caches hold no more (CPU_TOKENS). Jobs that have no room in it, or whose samples are so
     much shorter that more than a fifth of it would be padding, go through the model after the others, in the same step,
     when what those kept for their backward is free. A job's own batch is never divided. It changes time and memory, and
     no result.
@@ -52,8 +55,8 @@ class JobTrainer:
     of them gives alone, such as memory for their sum, is raised: those that shared the forward have made no step, and
     go on with their next batches.
 
-    A base model with dropout of
-    its own draws that from torch's generator, for all jobs together: such a job's masks depend on the others.
+    A base model with dropout of its own draws that from torch's generator, for all jobs together: such a job's masks
+    depend on the others.
     Not to be called from several threads. Raises ValueError for models of other kinds and dtypes.
     """
 
@@ -62,20 +65,21 @@ class JobTrainer:
         model: nn.Module,
         *,
         autocast: torch.dtype | None = None,
-        max_tokens: int | None = None,
+        max_tokens: int | Literal["auto"] | None = "auto",
         progress: bool = True,
         keep_adapters: bool = False,
     ) -> None:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}: float16 needs a loss scaler")
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise ValueError(f"max_tokens must be a positive integer or None, got {max_tokens!r}")
+        if max_tokens not in (None, "auto") and (type(max_tokens) is not int or max_tokens < 1):
+            raise ValueError(f"max_tokens must be a positive integer, None or 'auto', got {max_tokens!r}")
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         shared.check_model(base)
         if isinstance(model, PeftModel) and model._mixed_training is not None:
             raise ValueError("the model trains mixed batches already: call disable_mixed_batch_training first")
         self.model: Any = model
-        self.autocast, self.max_tokens, self.keep_adapters = autocast, max_tokens, keep_adapters
+        self.autocast, self.keep_adapters = autocast, keep_adapters
+        self.max_tokens = max_tokens if max_tokens != "auto" else CPU_TOKENS if base.device.type == "cpu" else None
         self.results: dict[str, JobResult] = {}
         self.shared_steps = 0
         self._running: dict[str, Running] = {}

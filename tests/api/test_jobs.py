@@ -180,8 +180,24 @@ def test_room_for_fewer_tokens_changes_no_result(llama, monkeypatch):
     for name in "abcd":
         assert values(divided.results[name]) == pytest.approx(values(whole.results[name]), rel=2e-6)
         assert_same(weights(divided, name), weights(whole, name), rtol=0.0, atol=1e-6)
-    with pytest.raises(ValueError, match="max_tokens must be a positive integer or None, got 0"):
+    with pytest.raises(ValueError, match="max_tokens must be a positive integer, None or 'auto', got 0"):
         JobTrainer(llama(), max_tokens=0)
+
+
+def test_by_itself_a_cpu_gets_forwards_that_its_caches_hold(llama, monkeypatch):
+    assert JobTrainer(llama(), max_tokens=None).max_tokens is None
+    assert JobTrainer(llama()).max_tokens == 512
+    monkeypatch.setattr(trainer_module, "CPU_TOKENS", 90)
+    sizes, real = [], shared.forward
+
+    def noted(model, batch, autocast):
+        sizes.append((len(batch.adapters.adapters), batch.ids.numel()))
+        return real(model, batch, autocast)
+
+    monkeypatch.setattr(shared, "forward", noted)
+    trained(llama(), *(job(name) for name in "abcd"))
+    assert {jobs for jobs, _ in sizes} >= {1, 2}
+    assert all(size <= 90 for jobs, size in sizes if jobs > 1)
 
 
 def test_the_loss_is_transformers_own(llama):

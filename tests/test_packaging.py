@@ -70,7 +70,8 @@ def test_the_wheel_imports_from_any_folder(wheel, tmp_path):
     assert out.splitlines()[-1].startswith(str(site))
 
 
-@pytest.mark.parametrize("where", ["root", pytest.param("elsewhere", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
 def test_transformers_and_peft_find_hugging_faces_kernels_from_the_checkout(where, tmp_path):
     """A stand-in for Hugging Face's package `kernels` is on the path; with the checkout as the working folder a regular
     package must still win over our folder of the same name, and both peft and a Llama must import."""

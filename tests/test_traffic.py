@@ -198,6 +198,7 @@ def addresses(pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> np.ndarr
     return (first[:, None] + np.arange(itemsize)).reshape(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.skipif(not INTERPRETING, reason="looks into the interpreter")
 def test_kernels_load_and_store_what_the_rule_says():

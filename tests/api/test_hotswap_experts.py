@@ -103,6 +103,7 @@ def test_swapped_is_loaded(options, implementation, adapter, tmp_path):
         assert ranks == of_peft
 
 
+@pytest.mark.slow
 def test_twenty_adapters_compile_once(adapter):
     folders = [adapter(i, r=1 + (5 * i) % 7, lora_alpha=3 + i) for i in range(20)]
     model = fresh(folders[0])

@@ -19,6 +19,7 @@ def run(*arguments: object) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_at_every_step(tmp_path):
     seen = run(tmp_path, "steps")
     assert seen["steps"] > 40

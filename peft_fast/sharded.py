@@ -26,6 +26,13 @@ def is_sharded(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether fully_shard was called with this very module: its weights are whole from its forward's beginning to that
+    one's end, and around its own backward."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, or all of a sharded one: then every process has to call it, and gets the same."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -58,8 +65,7 @@ def is_plain(weight: Any) -> bool:
 @contextmanager
 def as_in_forward(model: nn.Module) -> Iterator[None]:
     """Within the block is_plain says of weights that FSDP2 has sharded what it will say in a forward."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    units = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
+    units = [module for module in model.modules() if is_unit(module)]
     found = {id(parameter) for unit in units for parameter in unit.parameters() if is_sharded(parameter)}
     _gathered.update(found)
     try:

@@ -167,3 +167,13 @@ def test_wrong_arguments():
         ops.rms_norm(x, weight.requires_grad_(), EPS)
     with pytest.raises(TypeError, match="x is torch.int32, which is not multiplied in"):
         ops.rms_norm(torch.ones(2, K, dtype=torch.int32), torch.ones(K), EPS)
+
+
+def test_a_weight_that_is_gone_is_an_error():
+    """FSDP frees the memory of a weight in its parameter's place: read, it would crash the process."""
+    x, weight = torch.randn(4, 8), torch.ones(8)
+    A, B = (torch.randn(shape, requires_grad=True) for shape in ((2, 8), (8, 2)))
+    y = ops.lora_linear(ops.rms_norm(x, weight, 1e-6), torch.randn(8, 8), A, B, 1.0)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="that has been freed"):
+        y.sum().backward()

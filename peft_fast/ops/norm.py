@@ -116,6 +116,12 @@ def made_again(kept: Sequence[Tensor], recipe: Recipe | None) -> tuple[Tensor, l
     """(x [M, K], what was kept beside it) of an op's saved tensors, `to_keep`'s in front."""
     if recipe is None:
         return kept[0], list(kept[1:])
+    weight = kept[1]
+    if weight.untyped_storage().nbytes() < weight.nbytes:
+        raise RuntimeError(
+            "the backward makes a norm's output again from its weight, and that has been freed: something that shards "
+            "weights has taken it away too early. Call set_recompute(model, norms=False), or shard the layer around it"
+        )
     with plain.without_autocast(kept[0]):
-        x = normalised(kept[0], kept[1], recipe)
+        x = normalised(kept[0], weight, recipe)
     return x.reshape(-1, x.shape[-1]), list(kept[2:])

@@ -23,7 +23,7 @@ PARTS = ("self_attn", "mlp")
 ONE = ("self_attn.q_proj", "mlp.up_proj")
 UNITS: dict[str, tuple[str, ...]] = {  # paths' ends of what is sharded by itself, beside the layers and the model
     "layers": (), "leaves": FACTORS, "parts": PARTS, "adapted": ONE,
-    "bases": tuple(f"{name}.base_layer" for name in ONE),
+    "bases": tuple(f"{name}.base_layer" for name in ONE), "norms": ("layernorm",),
 }  # fmt: skip
 HALF = torch.bfloat16
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {  # (what makes the model, how it is sharded and trained)
@@ -35,6 +35,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {  # (what makes the model, how i
     "accumulated": (lambda: models.adapted(models.base()), {"accumulate": 2}),
     "checkpointed": (lambda: models.checkpointed(models.adapted(models.base()), False), {}),
     "reentrant": (lambda: models.checkpointed(models.adapted(models.base()), True), {}),
+    "norms": (lambda: models.recomputing(models.adapted(models.base())), {}),
+    "norms-nf4": (lambda: models.recomputing(models.adapted(models.own())), {}),
+    "norms-alone": (lambda: models.recomputing(models.adapted(models.base())), {"units": "norms"}),
     "dora": (lambda: models.adapted(models.base(), use_dora=True), {}),
     "dora-leaves-nf4": (lambda: models.adapted(models.own(), use_dora=True), {"units": "leaves"}),
     "modules-to-save": (lambda: models.adapted(models.base(), modules_to_save=["lm_head"]), {}),
@@ -93,7 +96,7 @@ def counted():
 
 def routes(model: Any) -> dict[str, list[str]]:
     rows = peft_fast.explain(model, show=False).rows
-    ends = ("layers.0.self_attn", "layers.0.mlp", "layers.0.self_attn.q_proj")
+    ends = ("layers.0.self_attn", "layers.0.mlp", "layers.0.self_attn.q_proj", "layers.0.input_layernorm")
     return {end: [row.route, row.because] for end in ends for row in rows if row.name.endswith(end)}
 
 

@@ -71,6 +71,11 @@ def bitsandbytes(storage: torch.dtype = torch.uint8, dtype: torch.dtype = torch.
     return model
 
 
+def recomputing(model: Any) -> Any:
+    peft_fast.set_recompute(model, norms=True)
+    return model
+
+
 def checkpointed(model: Any, reentrant: bool) -> Any:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()

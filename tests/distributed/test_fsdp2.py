@@ -12,6 +12,7 @@ from .processes import two
 MIXED = ["half-nf4", "half-bitsandbytes"]
 SLOW = {
     "units": ["parts", "adapted", "bases"],
+    "recomputing": ["norms", "norms-nf4", "norms-alone"],
     "training": ["leaves", "accumulated", "checkpointed", "reentrant"],
     "adapters": ["dora", "dora-leaves-nf4", "modules-to-save", "embedding", "tied", "tokens"],
     "k-bit": ["int8", "bitsandbytes", "bitsandbytes-bf16", "bitsandbytes-fp32", *MIXED],
@@ -62,6 +63,11 @@ def test_every_kind_trains_as_in_one_process(tmp_path, cases):
         assert said["bases"]["q_proj"][0] == "added"
         assert "its base layer, a FSDPLinear, has hooks" in said["bases"]["mlp"][1]
         assert calls["bases"] == {"lora_mlp": 0, "lora_group": 8, "lora_linear": 24}
+    if "norms" in cases:
+        of_norm = {name: said[name]["input_layernorm"] for name in cases}
+        assert of_norm["norms"][0] == of_norm["norms-nf4"][0] == "recompute"
+        assert of_norm["norms-alone"][0] == "layers"
+        assert "it was given to fully_shard itself" in of_norm["norms-alone"][1]
     if "leaves" in cases:
         assert calls["leaves"] == {"lora_mlp": 0, "lora_group": 0, "lora_linear": 0}
         assert {route for route, _ in said["leaves"].values()} == {"layers", "added"}

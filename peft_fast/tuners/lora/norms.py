@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice
 from peft_fast.ops.norm import KINDS, Kind, Recipe, normalised
+from peft_fast.sharded import is_unit
 
 EPS = ("variance_epsilon", "eps")  # what the attribute is called
+UNIT = (
+    "it was given to fully_shard itself, which frees its weight before the layers that read its output go backward: "
+    "shard the layer around it"
+)
 
 
 class RecomputingNorm:
@@ -61,6 +66,8 @@ def looks_like_one(module: nn.Module) -> bool:
 
 def kind_of(module: Any) -> Kind | str:
     """As what ops.rms_norm computes this norm, or in a sentence that does not begin with a kind why it cannot."""
+    if is_unit(module):
+        return UNIT
     if "forward" in vars(module):
         return "its forward was replaced (by Liger, kernels, accelerate's offloading, ...)"
     if type(module) is not nn.RMSNorm and not type(module).__module__.startswith("transformers."):
@@ -139,6 +146,8 @@ def why_not_now(norm: Any) -> str | None:
     """Why a norm that was set to keep its input alone keeps more in the next forward, or None."""
     if norm.weight.requires_grad:
         return "its weight is trained"
+    if is_unit(norm):
+        return UNIT
     if "forward" in vars(norm) or norm.original_class.forward is not norm.known_forward:
         return "its forward was replaced (by Liger, kernels, accelerate's offloading, ...)"
     return None

@@ -30,7 +30,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {}  # by op name: for who wants to look i
 
 
 def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register the decorated implementation as the op of this schema; return the op.
+    """Register the decorated implementation as the op of this schema; return what calls the op, or the implementation
+    itself where nobody would see the op.
 
     `fake` computes output shapes and dtypes without data. The implementation runs with autocast off: the caller has
     cast already, and what it allocates must have the dtypes that `fake` promised. It runs on its tensors' own GPU,

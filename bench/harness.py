@@ -14,9 +14,10 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -178,12 +179,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def append(rows: list[Row], path: Path) -> None:
-    """Add rows to a CSV, which is never rewritten."""
+def append(rows: Sequence[Any], path: Path) -> None:
+    """Add rows, dataclasses of one kind, to a CSV, which is never rewritten; without rows nothing is written."""
+    if not rows:
+        return
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

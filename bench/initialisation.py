@@ -11,14 +11,13 @@ and the rise of the process's peak of resident memory, which has LAPACK's workin
 """
 
 import argparse
-import csv
 import ctypes
 import datetime
 import statistics
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_fast
-from bench.harness import LOADED, device_name, folder_of
+from bench.harness import LOADED, append, device_name, folder_of
 from bench.memory_peak import peak
 
 LIBRARIES = (peft, peft_fast)
@@ -153,17 +152,6 @@ def measure(size: int, rank: int, init: str, rounds: int) -> tuple[list[Row], li
             )
         )  # fmt: skip
     return rows, last
-
-
-def append(rows: list[Row], path: Path) -> None:
-    """Add rows to a CSV, which is never rewritten."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def main() -> int:

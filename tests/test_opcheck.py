@@ -5,7 +5,10 @@ The checks themselves are in the tests of each op; here is seen that none is for
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_fast import ops
 from peft_fast.ops import library
 
 from . import (
@@ -48,3 +51,32 @@ def checked(backend: str, monkeypatch) -> set[str]:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_none_is_forgotten(backend, monkeypatch):
     assert checked(backend, monkeypatch) == set(library.IMPLEMENTATIONS)
+
+
+def test_an_op_is_seen_by_whoever_looks():
+    """Elsewhere its implementation is called without torch's dispatcher (library.is_unseen)."""
+    case, seen = lora_cases.make_case(3, 64, 32, 4, torch.float32, torch.float32, "nf4", 0.0), []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run():
+        with torch.no_grad():
+            return ops.lora_linear(case.x, case.weight, case.A, case.B, 1.7)
+
+    alone = run()
+    with Look():
+        torch.testing.assert_close(run(), alone, rtol=0, atol=0)
+    assert "peft_fast.lora_linear.default" in seen
+    with torch.profiler.profile() as recorded:
+        run()
+    assert "peft_fast::lora_linear" in {event.key for event in recorded.key_averages()}
+    assert library.is_unseen(case.x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert not library.is_unseen(case.x)
+        of_shape = fake.from_tensor(case.x)
+    assert not library.is_unseen(of_shape)
+    with torch.device("cpu"):  # a mode: implementations make tensors where theirs are
+        assert not library.is_unseen(case.x)

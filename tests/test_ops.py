@@ -6,13 +6,10 @@ import bitsandbytes  # noqa: F401 - on a CPU `auto` dequantises with it where it
 import pytest
 import torch
 import torch._dynamo.testing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_fast import ops
 from peft_fast.dispatch import use_route
 from peft_fast.kernels import dropout, reference
-from peft_fast.ops import library
 from peft_fast.quant import bitsandbytes_kernels, blockwise, int8
 from peft_fast.testing import assert_as_accurate_as_torch
 
@@ -392,32 +389,3 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
         ops.lora_up_add(torch.zeros(4, 16), x[:, :2].half(), B, 1.0)
     with pytest.raises(ValueError, match=r"x must have K=32"):
         ops.quant_matmul(x[:, 1:], blockwise.quantize(W))
-
-
-def test_an_op_is_seen_by_whoever_looks():
-    """Elsewhere its implementation is called without torch's dispatcher (library.is_unseen)."""
-    case, seen = make_case(3, 64, 32, 4, torch.float32, torch.float32, "nf4", 0.0), []
-
-    class Look(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    def run():
-        with torch.no_grad():
-            return ops.lora_linear(case.x, case.weight, case.A, case.B, 1.7)
-
-    alone = run()
-    with Look():
-        torch.testing.assert_close(run(), alone, rtol=0, atol=0)
-    assert "peft_fast.lora_linear.default" in seen
-    with torch.profiler.profile() as recorded:
-        run()
-    assert "peft_fast::lora_linear" in {event.key for event in recorded.key_averages()}
-    assert library.is_unseen(case.x)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        assert not library.is_unseen(case.x)
-        of_shape = fake.from_tensor(case.x)
-    assert not library.is_unseen(of_shape)
-    with torch.device("cpu"):  # a mode: implementations make tensors where theirs are
-        assert not library.is_unseen(case.x)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.harness import device_name, folder_of
+from bench.harness import append, device_name, folder_of
 
 from . import report
 from .options import PROVIDERS, Options, parse, why_not
@@ -94,7 +94,7 @@ def main() -> int:
     rows = report.rows(options, found)
     print(f"\n{report.table(rows)}")
     folder = folder_of(device, results)
-    report.append(rows, folder / "compare.csv")
+    append(rows, folder / "compare.csv")
     report.plot(rows, folder / "compare.png")
     print(f"\nrows appended to {folder / 'compare.csv'}, drawn in {folder / 'compare.png'}")
     return 0

@@ -1,9 +1,8 @@
 """The table, the rows and the picture of a comparison."""
 
-import csv
 import datetime
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -102,16 +101,6 @@ def in_words(found: list[Row]) -> str:
 
 def _less(percent: float) -> str:
     return f"{abs(percent):.0f} % {'less' if percent >= 0 else 'more'}"
-
-
-def append(found: list[Row], path: Path) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in found)
 
 
 def plot(found: list[Row], path: Path) -> None:

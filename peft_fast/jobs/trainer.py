@@ -26,11 +26,9 @@ from .job import Job, JobResult
 from .running import Running
 
 Batch = list[tuple[Running, list[Sample]]]
-# Tokens of a forward on a CPU: 4 jobs of 512 took 0.91 of peft's time one after the other and 1.09 in one forward, one
-# thread of an EPYC, small Llama in fp32 (bench/bench_joint.py).
+# Tokens of a forward on a CPU: 4 jobs of 512 took 0.91 of peft's time in turn and 1.09 in one (bench/bench_joint.py).
 CPU_TOKENS = 512
-# Tokens of a forward, padding included, for one that is none: 4 jobs of 1 x 512, 2 x 256, 4 x 128 and 8 x 64 tokens
-# took 4.2 times as long in one forward as in one each.
+# Tokens, padding included, for one that is none: jobs of 1 x 512 to 8 x 64 took 4.2 times as long together as in turn.
 PADDED = 1.25
 
 
@@ -55,8 +53,7 @@ class JobTrainer:
     of them gives alone, such as memory for their sum, is raised: those that shared the forward have made no step, and
     go on with their next batches.
 
-    A base model with dropout of its own draws that from torch's generator, for all jobs together: such a job's masks
-    depend on the others.
+    A base model's own dropout is drawn from torch's generator for all jobs together: its masks depend on the others.
     Not to be called from several threads. Raises ValueError for models of other kinds and dtypes.
     """
 

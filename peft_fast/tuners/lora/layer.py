@@ -230,7 +230,7 @@ class WithConstants(LoraLayer):
             raise
 
 
-class Linear(LoraLayer):
+class Linear(multi.InMixedBatch, LoraLayer):
     """LoRA around torch.nn.Linear, transformers' Conv1D, our QuantizedLinear, and as the base class of bnb.py's layers
     bitsandbytes' Linear4bit and Linear8bitLt.
 
@@ -390,30 +390,6 @@ class Linear(LoraLayer):
     def _dropout(self, name: str, x: Tensor) -> dict[str, Any]:
         p = self.dropout_p(name)
         return {"dropout_p": p, "dropout_key": self.new_key(x.device)} if p else {}
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether multi.py takes this forward: its samples go through different adapters, or through one whose modules
-        draw from torch's generator, which is given a state of the adapter's own there."""
-        if self.mixed_batch is None or self.mixed_batch.alone is None:
-            return self.mixed_batch is not None
-        adapters = self.adapters_in_effect()
-        return any(name in self.lora_magnitude_vector for name in adapters) or why_called(self, adapters) is not None
-
-    def adapters_in_effect(self) -> list[str]:
-        if self.mixed_batch is None or self.mixed_batch.alone is None:
-            return super().adapters_in_effect()
-        name = self.mixed_batch.alone
-        return [name] if self.has_adapter(name) and not (self.disable_adapters or self.merged) else []
-
-    def given_key(self, device: torch.device) -> Tensor | None:
-        """For dropout of the one adapter of a mixed batch in training: its own, whatever others draw."""
-        keys = None if self.mixed_batch is None else self.mixed_batch.keys(self)
-        return None if keys is None else keys[0].to(device)
-
-    def new_key(self, device: torch.device) -> Tensor:
-        given = self.given_key(device)
-        return ops.new_dropout_key(device) if given is None else given
 
 
 def __getattr__(name: str) -> Any:

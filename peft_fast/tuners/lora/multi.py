@@ -14,6 +14,40 @@ from .called import why_called
 from .scales import folded
 
 
+class InMixedBatch:
+    """What a linear layer says of the batch that its model has been given: see mixed_batch.py."""
+
+    mixed_batch: MixedBatch | None
+    disable_adapters: bool
+    merged: bool
+    has_adapter: Any
+    lora_magnitude_vector: Any
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether multi.py takes this forward: its samples go through different adapters, or through one whose modules
+        draw from torch's generator, which is given a state of the adapter's own there."""
+        if self.mixed_batch is None or self.mixed_batch.alone is None:
+            return self.mixed_batch is not None
+        adapters = self.adapters_in_effect()
+        return any(name in self.lora_magnitude_vector for name in adapters) or why_called(self, adapters) is not None
+
+    def adapters_in_effect(self) -> list[str]:
+        if self.mixed_batch is None or self.mixed_batch.alone is None:
+            return super().adapters_in_effect()  # type: ignore[misc]
+        name = self.mixed_batch.alone
+        return [name] if self.has_adapter(name) and not (self.disable_adapters or self.merged) else []
+
+    def given_key(self, device: torch.device) -> Tensor | None:
+        """For dropout of the one adapter of a mixed batch in training: its own, whatever others draw."""
+        keys = None if self.mixed_batch is None else self.mixed_batch.keys(self)
+        return None if keys is None else keys[0].to(device)
+
+    def new_key(self, device: torch.device) -> Tensor:
+        given = self.given_key(device)
+        return ops.new_dropout_key(device) if given is None else given
+
+
 class Call(NamedTuple):
     """What is the same for all forwards of a layer with one batch, as long as nothing is trained."""
 

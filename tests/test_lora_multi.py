@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bench.counts import measure
 from peft_fast import ops
-from peft_fast.kernels import segments
+from peft_fast.kernels import reference, segments
+from peft_fast.testing import assert_as_accurate_as_torch
 
 from .conftest import INTERPRETING
 from .multi_cases import check_against_fp64, check_to_1e_5, make_case
@@ -267,6 +268,47 @@ def test_constant_adapters(backend, device):
         else:  # the layout of what is kept is another, and with it the order of sums
             torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     assert adapters.A.kept
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "K"), [(1, 256), (3, 256), (1, 33)], ids=["sums", "several rows", "too small for sums"]
+)
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_constant_adapters_at_once(dtype, rows, K, base, monkeypatch):
+    """As many rows of each adapter, in their order: one product for all A and one for all B, and of one row sums."""
+    T, N = 64, 192 if K > 64 else 9
+    case = make_case([t for t in range(T) for _ in range(rows)], [16 if K > 64 else 3] * T, K, N, dtype, base=base)
+    case.scales = [0.7] * T
+    case.segments = ops.segments_of_samples(range(T), rows, T, "cpu")
+    adapters = ops.Adapters(case.A, case.B, case.scales, constant=True)
+    sums, own = [], torch.embedding_bag
+    monkeypatch.setattr(torch, "embedding_bag", lambda *args: sums.append(args[0].shape) or own(*args))
+
+    def run(x):
+        return ops.lora_linear_multi(x, case.weight, adapters, case.segments, case.bias, backend="torch")
+
+    def plain(dtype):
+        W = (reference.dequantize(case.weight, case.x.dtype) if base == "nf4" else case.weight).to(dtype)
+        y = torch.nn.functional.linear(case.x.to(dtype), W, case.bias.to(dtype)).view(T, rows, N)
+        A, B = (torch.stack(factors).to(dtype).mT for factors in (case.A, case.B))
+        return (y + 0.7 * (case.x.to(dtype).view(T, rows, K) @ A @ B)).view(T * rows, N)
+
+    with torch.no_grad():
+        y = run(case.x)
+        assert torch.equal(run(case.x), y)
+        assert sums == ([(T * K, 16), (T * 16, N)] * 2 if rows == 1 and K == 256 else [])
+        strided = run(torch.stack([case.x, case.x], -1)[..., 0])
+        by_sample = run(case.x.view(T, rows, K))
+    assert torch.equal(by_sample, y.view(T, rows, N))
+    assert [key for key in adapters.A.kept if key[0] == "at once"]
+    by_torch, truth = plain(dtype), plain(torch.float64)
+    for name, value in {"y": y, "strided": strided, "with gradients": run(case.x).detach()}.items():
+        assert_as_accurate_as_torch(name, value, by_torch, truth)
+    with torch.no_grad(), pytest.raises(ValueError, match="x must have K"):
+        run(case.x[:, 1:])
+    with torch.no_grad(), pytest.raises(ValueError, match="the segments are of"):
+        run(case.x[1:])
 
 
 def test_refuses_numbers_of_no_adapter():

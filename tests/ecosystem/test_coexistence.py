@@ -94,7 +94,7 @@ print("beside Liger")
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="pip install liger-kernel")
 def test_ligers_modules_in_the_place_of_norms_and_mlps():
     """As Trainer's use_liger_kernel puts them there, in a process of its own: Liger replaces classes too."""
-    paths = os.pathsep.join(str(path) for path in (HERE.parents[1], HERE))
+    paths = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", LIGER, str(HERE)], env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,

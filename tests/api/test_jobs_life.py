@@ -294,10 +294,9 @@ def test_a_batch_that_the_model_does_not_take_fails_its_job_alone():
 
 
 def test_an_error_of_none_alone_is_raised_and_nothing_is_stepped(llama, monkeypatch):
-    from peft_fast.jobs import shared
-    from peft_fast.jobs import trainer as trainer_module
+    from peft_fast.jobs import groups, shared
 
-    monkeypatch.setattr(trainer_module, "PADDED", float("inf"))  # one forward for both
+    monkeypatch.setattr(groups, "PADDED", float("inf"))  # one forward for both
     trainer = JobTrainer(llama(), progress=False)
     for name in "ab":
         trainer.add(job(name))

@@ -184,6 +184,9 @@ class JobTrainer:
         found: Batch = []
         for running in list(self._running.values()):
             with self._failing_alone(running):
+                if running.is_done:  # resumed with fewer steps than it has made
+                    self._finish(running, "max_steps reached")
+                    continue
                 rows = running.batches.next()
                 if rows is None:
                     self._end_of_data(running)

@@ -101,3 +101,20 @@ def test_held_out_samples_without_labels_count_nothing(llama):
     trainer.add(job("a", eval_data=[empty], eval_every=1))
     with pytest.raises(ValueError, match="eval_data of job 'a' have no label"):
         trainer.evaluate("a")
+
+
+def test_a_job_that_is_resumed_with_no_steps_left_makes_none(llama, tmp_path):
+    trainer = JobTrainer(llama(), progress=False)
+    trainer.add(job("b"))
+    trainer.step()
+    trainer.step()
+    path = trainer.save_checkpoints(tmp_path)["b"]
+    other = JobTrainer(llama(), progress=False)
+    other.add(job("b", max_steps=2), resume_from=path)
+    result = other.train()["b"]
+    assert (result.state, result.steps, result.reason) == ("finished", 2, "max_steps reached")
+
+
+def test_a_schedule_by_name_that_needs_a_metric(llama):
+    with pytest.raises(TypeError, match="stepped without a metric, got ReduceLROnPlateau"):
+        JobTrainer(llama(), progress=False).add(job("b", scheduler="reduce_lr_on_plateau"))

@@ -80,8 +80,10 @@ class MixedBatches:
         over its own samples and add these up. `seeds`: of each adapter's dropout; by default made from torch's seed and
         the adapter's name. Raises ValueError for adapters that do not exist or are no LoRA.
         """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of the adapters to train, got {adapter_names!r}")
         holders = self._holders()
-        names = list(self.base_model.peft_config) if adapter_names is None else list(adapter_names)
+        names = list(self.base_model.peft_config if adapter_names is None else dict.fromkeys(adapter_names))
         self._check_mixed(names, holders)
         seeds = dict(seeds or {})
         unknown = [name for name in [*seeds] if name not in names]
@@ -97,6 +99,16 @@ class MixedBatches:
         active = self.base_model.active_adapters
         for name, config in self.base_model.peft_config.items():
             self.base_model.set_requires_grad([name], name in active and not config.inference_mode)
+
+    def _keep_mixed_training(self, deleted: str | None = None) -> None:
+        """After another adapter was made active or one was deleted: those that are trained together stay trainable,
+        and what is deleted is not among them any more."""
+        training = self._mixed_training
+        if training is None:
+            return
+        if deleted in training.adapters:
+            training.leave(deleted)  # type: ignore[arg-type]
+        self.base_model.set_requires_grad(training.adapters, True)
 
     @contextmanager
     def _mixed_batch(self, kwargs: dict[str, Any], inputs: Tensor | None = None, generating: bool = False) -> Iterator:

@@ -119,6 +119,7 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._tuner.delete_adapter(adapter_name)
+        self._keep_mixed_training(deleted=adapter_name)
         self._label = None
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -126,6 +127,8 @@ class PeftModel(Recognised, LearnsPrompts, MixedBatches, KnowsAdapters, PushToHu
         if not isinstance(adapter_name, str):
             raise TypeError(f"one name is needed, got {adapter_name!r}; model.base_model.set_adapter takes several")
         self._tuner.set_adapter(adapter_name, inference_mode)
+        if not inference_mode:
+            self._keep_mixed_training()
         self._label = None
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

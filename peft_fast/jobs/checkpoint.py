@@ -17,9 +17,10 @@ from peft_fast.files import write_together
 from .job import Job
 from .running import Running
 
-VERSION = 1
-# What a job must have in common with the one that wrote the file, for its data and its dropout to go on as they were.
-SETTINGS = ("seed", "batch_size", "shuffle", "accumulation")
+VERSION = 2
+# What a job must have in common with the one that wrote the file, for its data, its dropout and its rate to go on as
+# they were.
+SETTINGS = ("seed", "batch_size", "shuffle", "accumulation", "learning_rate")
 NUMBERS = (
     "steps", "forwards", "tokens", "learning_rate", "losses", "evaluations", "_losses_of_step", "best", "best_loss",
     "best_step", "worse",
@@ -43,6 +44,7 @@ def write(path: Path, running: Running, dropout_count: int) -> None:
         "parameters": {name: p.detach() for name, p in running.parameters.items()},
         "gradients": {name: p.grad for name, p in running.parameters.items() if p.grad is not None},
         "optimizer": running.optimizer.state_dict(),
+        "optimizer_class": type(running.optimizer).__name__,
         "scheduler": None if running.scheduler is None else running.scheduler.state_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +74,9 @@ def restore(running: Running, state: dict[str, Any]) -> None:
         raise ValueError("the checkpoint's weights are of another adapter, or of another base model")
     if (state["scheduler"] is None) != (running.scheduler is None):
         raise ValueError("the checkpoint is of a job with a schedule and this one has none, or the reverse")
+    then, now = state.get("optimizer_class"), type(running.optimizer).__name__
+    if then != now:
+        raise ValueError(f"the checkpoint is of a job with the optimizer {then}, got {now}: resume it with the same")
     running.optimizer.load_state_dict(state["optimizer"])
     if running.scheduler is not None:
         running.scheduler.load_state_dict(state["scheduler"])

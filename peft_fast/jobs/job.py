@@ -129,22 +129,23 @@ class Job:
     def make_scheduler(self, optimizer: Optimizer, total_steps: int | None) -> Any:
         if self.scheduler is None:
             return None
-        if not isinstance(self.scheduler, str):
-            made = self.scheduler(optimizer)
-            if not hasattr(made, "step") or not hasattr(made, "state_dict") or hasattr(made, "num_bad_epochs"):
-                raise TypeError(
-                    f"job {self.name!r}: scheduler must make a schedule of torch's that is stepped without a metric, "
-                    f"got {type(made).__name__}"
+        if isinstance(self.scheduler, str):
+            if total_steps is None:
+                raise ValueError(
+                    f"job {self.name!r}: the schedule {self.scheduler!r} needs to know the number of steps, and the "
+                    "data have no length: give max_steps"
                 )
-            return made
-        if total_steps is None:
-            raise ValueError(
-                f"job {self.name!r}: the schedule {self.scheduler!r} needs to know the number of steps, and the data "
-                "have no length: give max_steps"
-            )
-        from transformers import get_scheduler  # takes seconds to import
+            from transformers import get_scheduler  # takes seconds to import
 
-        return get_scheduler(self.scheduler, optimizer, self.warmup_steps, total_steps)
+            made = get_scheduler(self.scheduler, optimizer, self.warmup_steps, total_steps)
+        else:
+            made = self.scheduler(optimizer)
+        if not hasattr(made, "step") or not hasattr(made, "state_dict") or hasattr(made, "num_bad_epochs"):
+            raise TypeError(
+                f"job {self.name!r}: scheduler must make a schedule of torch's that is stepped without a metric, "
+                f"got {type(made).__name__}"
+            )
+        return made
 
 
 def _is_number(value: Any) -> bool:

@@ -88,9 +88,14 @@ class Running:
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self.losses.append((self.steps, sum(self._losses_of_step) / len(self._losses_of_step)))
+        self.forget_forwards()
+
+    def forget_forwards(self) -> None:
+        """Those since the last step, and their gradients: of parameters too that the optimiser was not given."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self.forwards, self._losses_of_step = 0, []
 
     def rescale_for_last_step(self) -> Tensor:

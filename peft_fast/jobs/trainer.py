@@ -21,15 +21,10 @@ from peft_fast.saving import write_adapter
 from peft_fast.transaction import unchanged_on_error
 
 from . import checkpoint, report, shared
-from .data import Batches, Sample, batch_of
+from .data import IGNORED, Batches, batch_of, sample_of
+from .groups import CPU_TOKENS, Batch, groups_of
 from .job import Job, JobResult
 from .running import Running
-
-Batch = list[tuple[Running, list[Sample]]]
-# Tokens of a forward on a CPU: 4 jobs of 512 took 0.91 of peft's time in turn and 1.09 in one (bench/bench_joint.py).
-CPU_TOKENS = 512
-# Tokens, padding included, for one that is none: jobs of 1 x 512 to 8 x 64 took 4.2 times as long together as in turn.
-PADDED = 1.25
 
 
 class JobTrainer:
@@ -50,8 +45,9 @@ class JobTrainer:
     A job that fails (its data raise, its loss or its gradients are not finite, its optimiser raises, ...) ends with
     that as its reason, and with the weights of its last good step; the others go on, as they would have without it.
     Where the model itself raises, the jobs whose batch it does not take alone are those that fail. An error that none
-    of them gives alone, such as memory for their sum, is raised: those that shared the forward have made no step, and
-    go on with their next batches.
+    of them gives alone, such as memory for their sum, is raised, and so is one in the backward of several: those that
+    shared the forward have made no step, and begin it anew with their next batches. KeyboardInterrupt does the same;
+    train() goes on after it.
 
     A base model's own dropout is drawn from torch's generator for all jobs together: its masks depend on the others.
     Not to be called from several threads. Raises ValueError for models of other kinds and dtypes.
@@ -154,44 +150,43 @@ class JobTrainer:
     def step(self) -> dict[str, float]:
         """One forward and backward of the next batch of every job; the losses, in nats per token, by job."""
         losses: dict[str, float] = {}
-        for group in self._groups(self._next_batches()):
+        for group in groups_of(self._next_batches(), self.max_tokens):
             losses |= self._step_of(group)
         self.shared_steps += 1
         return losses
-
-    def _groups(self, taken: Batch) -> list[Batch]:
-        """Those that go through the model together: of like length, and no more than `max_tokens` has room for."""
-        groups: list[Batch] = []
-        for one in sorted(taken, key=_longest, reverse=True):
-            if groups and self._has_room([*groups[-1], one]):
-                groups[-1].append(one)
-            else:
-                groups.append([one])
-        return groups
-
-    def _has_room(self, group: Batch) -> bool:
-        """Whether these may share a forward; the first has the longest samples."""
-        lengths = [len(sample.ids) for _, samples in group for sample in samples]
-        padded = len(lengths) * max(lengths)
-        return padded <= PADDED * sum(lengths) and (self.max_tokens is None or padded <= self.max_tokens)
 
     def _step_of(self, group: Batch) -> dict[str, float]:
         taken, logits, batch = self._forward(group)
         if logits is None or batch is None:
             return {}
-        found = shared.backward(logits, batch, [running.factor for running, _ in taken])
-        del logits
-        norms = [running.norm().to(found.device) if running.is_due else found.new_zeros(()) for running, _ in taken]
-        losses, sizes = torch.stack([found, torch.stack(norms).to(found.dtype)]).tolist()  # the one wait for the device
-        for i, (running, _) in enumerate(taken):
-            with self._failing_alone(running):
-                self._advance(running, losses[i], batch.labels[i], norms[i], sizes[i])
+        waiting = [running for running, _ in taken]  # for their step
+        try:
+            try:
+                found = shared.backward(logits, batch, [running.factor for running in waiting])
+            except Exception as error:
+                if len(waiting) > 1:
+                    raise
+                self._fail(waiting[0], error)
+                return {}
+            del logits
+            norms = [one.norm().to(found.device) if one.is_due else found.new_zeros(()) for one in waiting]
+            losses, sizes = torch.stack([found, torch.stack(norms).to(found.dtype)]).tolist()  # the one wait
+            for i, (running, _) in enumerate(taken):
+                with self._failing_alone(running):
+                    self._advance(running, losses[i], batch.labels[i], norms[i], sizes[i])
+                waiting.remove(running)
+        finally:  # of a backward that was broken off some gradients are there and some are not
+            for running in waiting:
+                running.forget_forwards()
         return {running.name: loss for (running, _), loss in zip(taken, losses)}
 
     def _next_batches(self) -> Batch:
         found: Batch = []
         for running in list(self._running.values()):
             with self._failing_alone(running):
+                if running.is_done:  # resumed with fewer steps than it has made
+                    self._finish(running, "max_steps reached")
+                    continue
                 rows = running.batches.next()
                 if rows is None:
                     self._end_of_data(running)
@@ -279,12 +274,17 @@ class JobTrainer:
         try:
             with torch.no_grad():
                 while (rows := batches.next()) is not None:
-                    batch = shared.join([(name, batch_of(rows, self._vocabulary))], self._padding)
+                    samples = [sample_of(row, self._vocabulary) for row in rows]
+                    batch = shared.join([(name, samples)], self._padding)
+                    if not batch.labels[0]:
+                        continue
                     logits = shared.forward(self.model, batch, self.autocast)
                     sums += float(shared.losses(logits, batch)) * batch.labels[0]
                     tokens += batch.labels[0]
         finally:
             self.model.train()
+        if not tokens:
+            raise ValueError(f"eval_data of job {name!r} have no label: all are {IGNORED}, or of a first token")
         return sums / tokens
 
     def _evaluate(self, running: Running) -> None:
@@ -394,7 +394,3 @@ class JobTrainer:
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
         return self.model
-
-
-def _longest(one: tuple[Running, list[Sample]]) -> int:
-    return max(len(sample.ids) for sample in one[1])

@@ -13,6 +13,7 @@ from peft_fast.config import PeftConfig
 from peft_fast.tuners.base_weight import is_dense_linear, linear_features, quantized_weight, storage
 from peft_fast.tuners.layer import BaseTunerLayer
 from peft_fast.tuners.lora import LoraConfig
+from peft_fast.tuners.lora.initialisation import changes_base
 from peft_fast.tuners.matching import by_pattern
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -89,7 +90,8 @@ def read(model: nn.Module, source: str | os.PathLike[str], dtype: torch.dtype, *
     """Read an adapter's folder, or one of the Hub, for `model`.
 
     Raises ValueError for files that are broken, for adapters that are no plain LoRA on linear layers, and for those of
-    another base model: a layer that is not there, or of another shape.
+    another base model: a layer that is not there, or of another shape; or one that is written with the adapter, as peft
+    writes the head and the embeddings where the head is adapted, and is not the model's.
     """
     source = str(source)
     config = PeftConfig.from_pretrained(source, **hub_arguments)
@@ -99,7 +101,13 @@ def read(model: nn.Module, source: str | os.PathLike[str], dtype: torch.dtype, *
         raise ValueError(f"{source} replicates layers of its base model: a store's base model is shared and stays")
     if config.alora_invocation_tokens:
         raise ValueError(f"{source} has alora_invocation_tokens, and a store's adapters are there for all tokens")
-    pairs = _pairs(source, load_peft_weights(source, "cpu", **hub_arguments))
+    if changes_base(config.init_lora_weights):
+        raise ValueError(
+            f"{source} belongs to a base model that init_lora_weights={config.init_lora_weights!r} has changed, and a "
+            "store's is shared and stays: write the adapter as plain LoRA, by save_pretrained with "
+            "path_initial_model_for_weight_conversion"
+        )
+    pairs = _pairs(model, source, load_peft_weights(source, "cpu", **hub_arguments))
     pieces: dict[str, Piece] = {}
     ends: dict[torch.device, int] = {}
     for path, (A, B) in pairs.items():
@@ -110,8 +118,8 @@ def read(model: nn.Module, source: str | os.PathLike[str], dtype: torch.dtype, *
                 f"{source} is of another base model, or its config is not its own: {path} takes A {(R, K)} and B "
                 f"{(N, R)}, got {tuple(A.shape)} and {tuple(B.shape)}"
             )
-        if not (bool(A.isfinite().all()) and bool(B.isfinite().all())):
-            raise ValueError(f"{source} is broken: {path} has inf or NaN")
+        if not all(bool(factor.to(dtype).isfinite().all()) for factor in (A, B)):
+            raise ValueError(f"{source} is broken, or not for {dtype}: {path} has inf or NaN")
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
         start = ends.get(device, 0)
         pieces[path] = Piece(device, start, R, K, N, alpha / (R**0.5 if config.use_rslora else R))
@@ -119,12 +127,16 @@ def read(model: nn.Module, source: str | os.PathLike[str], dtype: torch.dtype, *
     return ReadAdapter(source, pairs, pieces, dtype)
 
 
-def _pairs(source: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(model: nn.Module, source: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """{path of the layer: (A, B)}"""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key if key.startswith(PREFIX) else PREFIX + key)
         if match is None:
+            if _is_models_own(model, key, tensor):
+                continue
+            if ".base_layer." in key:
+                raise ValueError(f"{source} is of another base model: it has {key!r}, and the model's is not that")
             raise ValueError(
                 f"{source} has {key!r}: a store holds plain LoRA on linear layers, without DoRA, biases, embeddings, "
                 "trained tokens or modules_to_save. Use PeftModel and adapter_names for these"
@@ -136,6 +148,18 @@ def _pairs(source: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
     if half is not None:
         raise ValueError(f"{source} is broken: {half} has only one of lora_A and lora_B")
     return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _is_models_own(model: nn.Module, key: str, tensor: Tensor) -> bool:
+    """Whether it is a weight of the base model: peft writes the head and the embeddings where they are adapted."""
+    path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    try:
+        module: Any = model.get_submodule(path)
+    except AttributeError:
+        return False
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    own = getattr(base, name, None)
+    return isinstance(own, nn.Parameter) and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
 
 def _layer(model: nn.Module, source: str, path: str) -> tuple[torch.device, int, int]:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_fast.tuners.layer import holders_in
-from peft_fast.tuners.mixed_batch import BASE, adapters_of, assigned, repeats_of
+from peft_fast.tuners.layer import BaseTunerLayer, holders_in
+from peft_fast.tuners.mixed_batch import BASE, TokenAdapters, adapters_of, assigned, repeats_of
 
 from .adapter import ReadAdapter, StoredAdapter, read
 from .layer import ServedLinear, StoreBatch
@@ -48,8 +48,8 @@ class AdapterStore:
         if any(True for _ in holders_in(model)):
             raise ValueError("the store's model must have no adapters: merge_and_unload() or unload() them first")
         for name, limit in (("max_bytes", max_bytes), ("max_adapters", max_adapters), ("max_rank", max_rank)):
-            if limit is not None and limit <= 0:
-                raise ValueError(f"{name} must be positive, or None for no limit, got {limit}")
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0):
+                raise ValueError(f"{name} must be positive, a number, or None for no limit, got {limit!r}")
         self.model, self.max_bytes, self.max_adapters, self.max_rank = model, max_bytes, max_adapters, max_rank
         self.dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._adapters: OrderedDict[str, StoredAdapter] = OrderedDict()  # the one used last comes last
@@ -66,11 +66,16 @@ class AdapterStore:
         was, for broken files, for an adapter that is of another base model, no plain LoRA, or too large, and where
         those in use leave no room for it.
         """
-        if name == BASE or not name:
+        if name == BASE:
             raise ValueError(f"an adapter cannot be called {name!r}: that stands for the base model")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name must be a string that is not empty, got {name!r}")
+        if os.path.isdir(source):
+            source = os.path.abspath(source)  # it may be read again, whatever the working directory is then
         found = read(self.model, source, self.dtype, **hub_arguments)
         self._check_size(name, found)
         with self._changing:
+            self._check_nobody_elses(found)
             self._make_room(name, found.nbytes)
             self._put(name, found.stored())
             self._sources[name] = str(source), hub_arguments
@@ -96,7 +101,8 @@ class AdapterStore:
 
     @contextmanager
     def batch(self, adapter_names: Sequence[Any], repeats: int = 1) -> Iterator[None]:
-        """Within, the model's batches are of these adapters, one a sample, or for each sample a list of one a token.
+        """Within, the model's batches are of these adapters, one a sample, or for each sample a list of one a token;
+        or TokenAdapters.
 
         One thread at a time: others wait. Reads adapters again that had to make room. ValueError for unknown names.
         """
@@ -109,8 +115,7 @@ class AdapterStore:
                 with assigned(list(self._layers.values()), batch):
                     yield
             finally:
-                with self._changing:
-                    self._in_use.subtract(wanted)
+                self._release(wanted)
 
     def _batch(self, names: Sequence[Any], wanted: list[str], repeats: int) -> StoreBatch:
         with self._changing:
@@ -123,8 +128,10 @@ class AdapterStore:
                         self.load(name, source, **hub_arguments)
                     self._adapters.move_to_end(name)
             except BaseException:
-                self._in_use.subtract(wanted)
+                self._release(wanted)
                 raise
+            if isinstance(names, TokenAdapters):
+                return StoreBatch(names, {name: self._adapters[name] for name in wanted}, repeats)
             key = tuple(one if isinstance(one, str) else tuple(one) for one in names), repeats
             batch = self._batches.get(key)
             if batch is None:
@@ -164,6 +171,18 @@ class AdapterStore:
         gone = len(self._sources) - len(self._adapters)
         waiting = f", {gone} to be read again when asked for" if gone else ""
         return f"AdapterStore({len(self)} adapters, {self.nbytes / 2**20:.1f}{limit} MiB{waiting})"
+
+    def _release(self, names: Sequence[str]) -> None:
+        with self._changing:
+            self._in_use -= Counter(names)  # names that nobody uses any more are left out
+
+    def _check_nobody_elses(self, found: ReadAdapter) -> None:
+        for path in found.pieces:
+            if path not in self._layers and isinstance(self.model.get_submodule(path), BaseTunerLayer):
+                raise ValueError(
+                    f"{path} has adapters of another store or of a PeftModel, whichever was made since this store: "
+                    "serve all from one"
+                )
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self._sources]

@@ -17,6 +17,7 @@ from peft_fast import ops
 from peft_fast.kernels.segments import Segments
 
 BASE = "__base__"  # the name, as in peft, for samples without an adapter
+SHAPES = 8  # of which a batch keeps segments: a store's batch meets prompts of any length
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,8 @@ class MixedBatch:
         """Of x [samples, ..., K], seen as rows of K: made when the first layer asks, and kept for the others."""
         key = x.shape[:-1], x.device
         if key not in self._segments:
+            if len(self._segments) >= SHAPES:
+                del self._segments[next(iter(self._segments))]
             self._segments[key] = self._new_segments(x)
         return self._segments[key]
 

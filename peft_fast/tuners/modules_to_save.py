@@ -127,7 +127,9 @@ def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 def check_trainable(path: str, module: nn.Module, option: str = "modules_to_save") -> None:
     """Raise ValueError where a copy of the module could not be trained in its place."""
-    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, BaseTunerLayer)):
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(f"{option} cannot hold {path}: adapters of the model adapt it, and it is theirs too")
+    if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise ValueError(f"{option} cannot hold {path}: a {type(module).__name__} is not called as a module")
     if any(quantized_weight(inner) is not None for inner in module.modules()):
         raise ValueError(f"{option} cannot hold {path}: its k-bit weight cannot be trained; keep it unquantised")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_fast import Job, JobResult, JobTrainer, LoraConfig
-from peft_fast.jobs import data, shared
+from peft_fast.jobs import data, groups, shared
 from peft_fast.jobs import trainer as trainer_module
 
 from .job_models import OPTIONS, VOCABULARY, job, rows, trained, weights
@@ -18,7 +18,7 @@ from .job_models import OPTIONS, VOCABULARY, job, rows, trained, weights
 @pytest.fixture(autouse=True)
 def _one_forward(monkeypatch) -> None:
     """All jobs share it, whatever their lengths: that this changes nothing is to be seen."""
-    monkeypatch.setattr(trainer_module, "PADDED", float("inf"))
+    monkeypatch.setattr(groups, "PADDED", float("inf"))
 
 
 def assert_same(one: dict, other: dict, rtol: float = 1e-3, atol: float = 2e-6) -> None:
@@ -147,20 +147,20 @@ def test_accumulation_counts_forwards_alike_and_makes_a_step_of_what_is_left(lla
 
 def test_jobs_of_other_lengths_have_a_forward_of_their_own(llama, monkeypatch):
     """Where more than a fifth of one would be padding."""
-    monkeypatch.setattr(trainer_module, "PADDED", 1.25)
-    lengths, groups = {"a": 30, "b": 24, "c": 8, "d": 29}, []
+    monkeypatch.setattr(groups, "PADDED", 1.25)
+    lengths, met = {"a": 30, "b": 24, "c": 8, "d": 29}, []
     trainer = JobTrainer(llama(), progress=False)
     for name, length in lengths.items():
         trainer.add(job(name, data=[{"input_ids": list(range(1, length + 1))}] * 5, batch_size=2))
     real = shared.forward
 
     def noted(model, batch, autocast):
-        groups.append((set(batch.adapters.adapters), tuple(batch.ids.shape)))
+        met.append((set(batch.adapters.adapters), tuple(batch.ids.shape)))
         return real(model, batch, autocast)
 
     monkeypatch.setattr(shared, "forward", noted)
     trainer.step()
-    assert groups == [({"a", "b", "d"}, (6, 30)), ({"c"}, (2, 8))]
+    assert met == [({"a", "b", "d"}, (6, 30)), ({"c"}, (2, 8))]
 
 
 def test_room_for_fewer_tokens_changes_no_result(llama, monkeypatch):

@@ -172,8 +172,10 @@ def test_checkpoints_while_training(llama, tmp_path):
         (lambda path, one: setattr(one, "batch_size", 7), "a job with batch_size=3, got 7"),
         (lambda path, one: setattr(one.config, "lora_alpha", 7), "another config: \"lora_alpha\": 4"),
         (lambda path, one: setattr(one, "scheduler", "linear"), "a schedule and this one has none, or the reverse"),
+        (lambda path, one: setattr(one, "learning_rate", 1.0), "a job with learning_rate=0.001, got 1.0"),
+        (lambda path, one: setattr(one, "optimizer", lambda p: torch.optim.SGD(p, lr=0.1)), "AdamW, got SGD"),
     ],
-    ids=["cut", "code", "another file", "none", "seed", "batch size", "alpha", "schedule"],
+    ids=["cut", "code", "another file", "none", "seed", "batch size", "alpha", "schedule", "rate", "optimizer"],
 )  # fmt: skip
 def test_what_cannot_be_resumed_leaves_the_model_as_it_was(llama, untouched, tmp_path, change, message):
     trainer = JobTrainer(llama(), progress=False)
@@ -294,10 +296,9 @@ def test_a_batch_that_the_model_does_not_take_fails_its_job_alone():
 
 
 def test_an_error_of_none_alone_is_raised_and_nothing_is_stepped(llama, monkeypatch):
-    from peft_fast.jobs import shared
-    from peft_fast.jobs import trainer as trainer_module
+    from peft_fast.jobs import groups, shared
 
-    monkeypatch.setattr(trainer_module, "PADDED", float("inf"))  # one forward for both
+    monkeypatch.setattr(groups, "PADDED", float("inf"))  # one forward for both
     trainer = JobTrainer(llama(), progress=False)
     for name in "ab":
         trainer.add(job(name))

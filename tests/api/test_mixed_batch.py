@@ -309,6 +309,29 @@ def test_enable_and_disable():
         model(ids(), adapter_names=NAMES)
 
 
+def trains(model) -> set[str]:
+    """Adapters that a batch of both gives gradients."""
+    model.zero_grad()
+    model(ids(), labels=ids(), adapter_names=["a", "b"] * (len(ids()) // 2)).loss.backward()
+    return {name for name in "ab" for key, p in model.named_parameters() if f".{name}." in key and p.grad is not None}
+
+
+def test_those_trained_together_stay_trainable_whichever_is_active():
+    model = jobs_model()
+    model.enable_mixed_batch_training(["a", "b", "a"])
+    model.set_adapter("b")
+    assert trains(model) == {"a", "b"}
+    config = copy.deepcopy(model.peft_config["a"])
+    model.delete_adapter("a")
+    model.add_adapter("a", config)
+    with pytest.raises(ValueError, match="'a' is not among"):
+        trains(model)
+    model.enable_mixed_batch_training()
+    assert trains(model) == {"a", "b"}
+    with pytest.raises(TypeError, match="must be a list of the adapters to train, got 'ab'"):
+        model.enable_mixed_batch_training("ab")
+
+
 def test_kbit_layers():
 
     base = llama().to(torch.bfloat16)

@@ -198,6 +198,7 @@ def damaged(folder: str, change) -> str:
     return folder
 
 
+HEAD = "base_model.model.lm_head.weight"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -212,9 +213,19 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda path: write(path, use_dora=True), "plain LoRA on linear layers"),
         (lambda path: write(path, target_modules=["embed_tokens"]), "plain LoRA on linear layers"),
         (
-            lambda path: write(path, modules_to_save=["lm_head"], target_modules=["q_proj"]),
+            lambda path: damaged(
+                write(path, modules_to_save=["lm_head"], target_modules=["q_proj"]), lambda t: t[HEAD].add_(1)
+            ),
             "plain LoRA on linear layers",
         ),
+        (
+            lambda path: damaged(
+                write(path, target_modules=["lm_head"]), lambda t: t[HEAD.replace(".w", ".base_layer.w")].add_(1)
+            ),
+            "is of another base model: it has 'base_model.model.lm_head.base_layer.weight'",
+        ),
+        (lambda path: write(path, init_lora_weights="pissa"), "'pissa' has changed.*as plain LoRA"),
+        (lambda path: write(path, init_lora_weights="olora"), "'olora' has changed.*as plain LoRA"),
         (lambda path: damaged(write(path), lambda t: t[KEY].fill_(float("nan"))), "inf or NaN"),
         (lambda path: damaged(write(path), lambda t: t.pop(KEY)), "only one of lora_A and lora_B"),
         (lambda path: damaged(write(path), lambda t: t.update({KEY: t[KEY][:2].clone()})), "its config is not its own"),
@@ -236,11 +247,15 @@ def test_refuses_and_stays_as_it_was(make, message, folders, tmp_path):
 def test_refuses_models_and_arguments(folders, ids):
     with pytest.raises(ValueError, match="must have no adapters"):
         AdapterStore(peft_fast.get_peft_model(llama(), peft_fast.LoraConfig(target_modules=["q_proj"])))
-    with pytest.raises(ValueError, match="max_bytes must be positive"):
-        AdapterStore(llama(), max_bytes=0)
+    for limit in (0, "2GB", True, -1.5):
+        with pytest.raises(ValueError, match="max_bytes must be positive"):
+            AdapterStore(llama(), max_bytes=limit)
     store = AdapterStore(llama())
     with pytest.raises(ValueError, match="__base__"):
         store.load("__base__", folders["a"])
+    for name in ("", 5, None):
+        with pytest.raises(ValueError, match="name must be a string"):
+            store.load(name, folders["a"])
     store.load("a", folders["a"])
     with pytest.raises(TypeError, match="must be a list"):
         store(ids, adapter_names="aaaa")

@@ -67,6 +67,9 @@ class Groups(NamedTuple):
         return self.starts
 
 
+KEPT = 64  # things made of constant tensors: batches of one store may have prompts of any length, each with tables
+
+
 class Constant(tuple):
     """Tensors that do not change while this object lives. What has been made of them is kept in it: stacks, tables."""
 
@@ -75,6 +78,8 @@ class Constant(tuple):
 
     def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self.kept:
+            if len(self.kept) >= KEPT:
+                self.kept.clear()
             self.kept[key] = make()
         return self.kept[key]
 

@@ -8,7 +8,7 @@ on the samples that are its own (`one_by_one`).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from peft_fast import ops
 from peft_fast.kernels.segments import Segments
 
 BASE = "__base__"  # the name, as in peft, for samples without an adapter
-SHAPES = 8  # of which a batch keeps segments: a store's batch meets prompts of any length
+SHAPES = 8  # for which a batch keeps segments: a store's batch meets prompts of any length
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,13 @@ class TokenAdapters:
 Names = Sequence[str | Sequence[str]] | TokenAdapters
 
 
+class Places(NamedTuple):
+    """Of the rows of a batch, sorted by adapter: int64, on the device."""
+
+    of: Sequence[Tensor]  # the rows of none, of the first adapter, of the second, ...
+    back: Tensor  # where each row of the batch is among the sorted ones
+
+
 class MixedBatch:
     """Which adapter each sample of a batch, or each of its tokens, goes through.
 
@@ -75,6 +82,8 @@ class MixedBatch:
         self.adapters = adapters_of(names)
         self._keys, self._layer_of = keys, layer_of or {}
         self._segments: dict[tuple, Segments] = {}
+        self._rows: dict[tuple, Tensor] = {}
+        self._places: dict[tuple, Places] = {}
         self.kept: dict[nn.Module, Any] = {}  # what layers have looked up for this batch, while nothing is trained
 
     alone: str | None = None  # the one adapter of all rows, where linear layers may do what they do for an active one
@@ -134,12 +143,32 @@ class MixedBatch:
 
     def segments(self, x: Tensor) -> Segments:
         """Of x [samples, ..., K], seen as rows of K: made when the first layer asks, and kept for the others."""
+        return self._for_shape(self._segments, x, self._new_segments)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """of_rows, int64 on x's device, kept as the segments are."""
+        return self._for_shape(self._rows, x, self._new_rows)
+
+    def places(self, x: Tensor) -> "Places":
+        """Where each adapter's rows are, kept as the segments are."""
+        return self._for_shape(self._places, x, self._new_places)
+
+    def _new_places(self, x: Tensor) -> "Places":
+        numbers = torch.tensor(self.of_rows(x), dtype=torch.int64)  # on the host, which would have to wait for a GPU
+        order = torch.argsort(numbers, stable=True)
+        lengths = torch.bincount(numbers + 1, minlength=len(self.adapters) + 1).tolist()
+        return Places(order.to(x.device).split(lengths), torch.argsort(order).to(x.device))
+
+    def _new_rows(self, x: Tensor) -> Tensor:
+        return torch.tensor(self.of_rows(x), dtype=torch.int64).to(x.device, non_blocking=True)
+
+    def _for_shape(self, kept: dict[tuple, Any], x: Tensor, make: Callable[[Tensor], Any]) -> Any:
         key = x.shape[:-1], x.device
-        if key not in self._segments:
-            if len(self._segments) >= SHAPES:
-                del self._segments[next(iter(self._segments))]
-            self._segments[key] = self._new_segments(x)
-        return self._segments[key]
+        if key not in kept:
+            if len(kept) >= SHAPES:
+                del kept[next(iter(kept))]
+            kept[key] = make(x)
+        return kept[key]
 
     def _new_segments(self, x: Tensor) -> Segments:
         if self.tokens is not None and x.dim() == 3:
@@ -264,22 +293,21 @@ def one_by_one(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     tokens, ...] is given to the layer as [tokens, ...].
     """
     batch: MixedBatch = layer.mixed_batch
-    numbers = torch.tensor(batch.of_rows(x), device=x.device)
+    places = batch.places(x)
     flat = x.flatten(0, 1) if batch.by_token else x
-    active, parts, places = layer._active_adapter, [], []
+    active, parts = layer._active_adapter, []
     beside = batch.beside(layer)
     try:
         for number, names in enumerate([beside, *([*beside, name] for name in batch.adapters)], start=-1):
-            rows = torch.nonzero(numbers == number)[:, 0]
-            if rows.numel() or not (numbers.numel() or names):  # an empty batch is run once
+            rows = places.of[number + 1]
+            if rows.numel() or not (places.back.numel() or names):  # an empty batch is run once
                 layer._active_adapter = names
                 own = batch.of_one(number, len(rows), layer)
                 with assigned([layer], own), _own_randomness(layer, batch, number, x.device):
                     parts.append(layer.forward(flat[rows], *args, **kwargs))
-                places.append(rows)
     finally:
         layer._active_adapter = active
-    y = torch.cat(parts)[torch.argsort(torch.cat(places))]
+    y = torch.cat(parts)[places.back]
     return y.unflatten(0, x.shape[:2]) if batch.by_token else y
 
 

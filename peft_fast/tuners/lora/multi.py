@@ -142,8 +142,7 @@ def _with_biases(layer: Any, batch: MixedBatch, x: Tensor, y: Tensor, biased: Se
     biases = {name: layer.get_delta_bias(name) for name in biased}
     none = torch.zeros(layer.out_features, dtype=torch.float32, device=y.device)
     table = torch.stack([*(biases.get(name, none) for name in batch.adapters), none])  # the last: of no adapter
-    rows = torch.tensor(batch.of_rows(x), device=y.device)
-    of_row = table[rows].to(y.dtype)
+    of_row = table[batch.rows(x)].to(y.dtype)
     while of_row.dim() < y.dim() and not batch.by_token:
         of_row = of_row[:, None]
     return y + (of_row.view(y.shape) if batch.by_token else of_row)

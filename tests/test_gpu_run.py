@@ -125,7 +125,7 @@ def test_what_was_tried_is_in_the_file_at_once(tmp_path, monkeypatch):
     def tried(shape, way, *_):
         if "norms" in way.name:
             raise KeyboardInterrupt
-        return 100
+        return memory_try.Found(100, 103, True)
 
     arguments = ["memory_try", "--model", "small", "--only", "peft_fast", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
@@ -146,11 +146,35 @@ def test_the_search_for_the_longest_row(longest):
         asked.append(tokens)
         return tokens <= longest
 
-    found = memory_try.longest_that_fits(fits, 512, 262_144)
+    found, too_long, is_complete = memory_try.longest_that_fits(fits, 512, 262_144)
     expected = 0 if longest < 512 else min(longest, 262_144)
     assert expected * 0.96 <= found <= expected
+    assert is_complete
+    assert too_long == 0 if longest >= 262_144 else too_long > longest
     assert len(asked) < 20
-    assert memory_try.longest_that_fits(lambda tokens: True, 512, 262_144, deadline=0.0) == 512
+
+
+def test_a_search_without_time_is_a_lower_bound(tmp_path, monkeypatch, capsys):
+    cut = memory_try.longest_that_fits(lambda tokens: True, 512, 262_144, deadline=0.0)
+    assert cut == (512, 0, False)
+    arguments = ["memory_try", "--model", "small", "--only", "peft_fast, norms rec", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(memory_try, "tried", lambda *_: cut)
+    monkeypatch.setattr(memory_try.Calculated, "longest", lambda *_, **__: 9000)
+    monkeypatch.setattr(memory_try.Calculated, "_model", lambda *_: None)
+    assert memory_try.main() == 1  # so that `make gpu` tries again, with the time that the others left
+    said = capsys.readouterr()
+    assert "at least 512 tried" in said.out
+    assert "not enough for: peft_fast, norms recomputed" in said.err
+    assert "| at least 512 | 9,000 |" in readme.tried(tmp_path)
+
+
+def test_a_limit_beyond_the_card(monkeypatch):
+    card = type("Card", (), {"total_memory": int(14.6 * memory_try.GIB)})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    assert memory_try.limit_on(torch.device("cuda"), 24) == 14.6
+    assert memory_try.limit_on(torch.device("cuda"), 8) == 8
+    assert memory_try.limit_on(torch.device("cpu"), 24) == 24
 
 
 @pytest.mark.slow

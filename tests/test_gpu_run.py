@@ -3,7 +3,12 @@ the README; the repacked wheel."""
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +54,35 @@ def test_how_a_stage_ends(tmp_path, code, seconds, status):
     assert took < 30
     said = (tmp_path / "log").read_text()
     assert said == "x\n" if "print" in code else "x" not in said  # what was ended may still say how far it came
+
+
+def test_a_stage_ends_with_the_command(tmp_path):
+    """`timeout 600 make gpu` ends it with SIGTERM."""
+    arguments = ["--rehearse", "--only", "ops", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (started := list(tmp_path.glob("*/ops.log"))) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert started
+            time.sleep(0.5)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.terminate()
+            assert process.wait(30) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_nothing_is_remembered_of_changed_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "stages", lambda results: (Stage("ops", (), 5, (), ("-c", "")),))
+    for sha, said in (("abc1234+", "uncommitted changes"), ("", "PEFT_FAST_SHA"), ("abc1234", "")):
+        monkeypatch.setattr(gpu, "LOADED", sha)
+        assert gpu.main(["--rehearse", "--results", str(tmp_path)]) == 0
+        found = capsys.readouterr().err
+        assert said in found if said else not found
 
 
 def test_a_run_goes_on_after_a_failure_and_begins_with_what_is_missing(tmp_path, monkeypatch, capsys):

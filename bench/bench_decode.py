@@ -8,7 +8,7 @@ from torch import nn
 
 import peft_fast
 from bench.bench_lora_linear import base_of, layer_of
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast.testing import relative_error
 
 SHAPES = {"cpu": {"llama-1b 2048x2048": 2048}, "cuda": {"llama3-8b q_proj 4096x4096": 4096}}
@@ -23,7 +23,7 @@ def _generate(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    dtype = torch.bfloat16
+    dtype = half_of(device)
     for name, width in SHAPES[device.type].items():
         for kind in ("dense", "nf4"):
             for M in (1, 4, 8):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import bitsandbytes.functional as bnb
 import torch
 
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast import ops
 from peft_fast.kernels import reference
 from peft_fast.quant import blockwise, int8
@@ -23,8 +23,9 @@ def copy_of(weight: QuantizedWeight) -> Callable[[], torch.Tensor]:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
+    dtype = half_of(device)
     for name, (N, K) in SHAPES.items():
-        w = torch.randn(N, K, dtype=torch.bfloat16, device=device) * 0.02
+        w = torch.randn(N, K, dtype=dtype, device=device) * 0.02
         packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
         codes, scales, _ = bnb.int8_vectorwise_quant(w.half())
         for kind, weight in (("nf4", blockwise.quantize(w)), ("int8", int8.quantize(w))):
@@ -36,7 +37,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             def by_bitsandbytes(kind=kind, packed=packed, state=state, codes=codes, scales=scales) -> torch.Tensor:
                 if kind == "nf4":
                     return bnb.dequantize_4bit(packed, state)
-                return codes.to(torch.bfloat16, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))  # its backward's way
+                return codes.to(dtype, copy=True).mul_(scales.unsqueeze(1).mul(1 / 127))  # its backward's way
 
             providers = {
                 "bitsandbytes": by_bitsandbytes,
@@ -45,4 +46,4 @@ def cases(device: torch.device) -> Iterator[Case]:
             }
             if device.type == "cpu":
                 providers["peft_fast, torch"] = lambda weight=weight: ops.dequantize(weight, backend="torch")
-            yield Case("dequantize", f"{name} {kind}", torch.bfloat16, "forward", providers, gate)
+            yield Case("dequantize", f"{name} {kind}", dtype, "forward", providers, gate)

@@ -7,12 +7,12 @@ import torch
 
 import peft_fast
 from bench.bench_lora_linear import SHAPES, base_of, layer_of, step_of
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast.testing import relative_error
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = half_of(device) if device.type == "cuda" else torch.float32
     for name, (M, K, N, r) in SHAPES[device.type].items():
         for kind in ("dense", "nf4"):
             for p in (0.0, 0.05):

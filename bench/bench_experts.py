@@ -14,7 +14,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peft_fast
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast.testing import relative_error
 
 RANK = 16
@@ -58,7 +58,7 @@ def step_of(model: Any, inputs: tuple[torch.Tensor, ...], dy: torch.Tensor) -> C
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = half_of(device) if device.type == "cuda" else torch.float32
     for name, hidden, inner, experts, top_k, tokens in SHAPES[device.type]:
         torch.manual_seed(0)
         config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=experts)

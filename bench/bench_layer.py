@@ -69,15 +69,17 @@ def _four_bits(linear: nn.Linear) -> nn.Module:
     return layer
 
 
-def adapted(library: Any, config: Any, tokens: int, bits: int, device: torch.device, liger: bool, norms: bool) -> Any:
+def adapted(
+    library: Any, config: Any, tokens: int, bits: int, device: torch.device, liger: bool = False, again: tuple = ()
+) -> Any:
     model = OneLayer(config, tokens, bits, device).requires_grad_(False)
     if liger:
         _with_liger(model)
     torch.manual_seed(0)
     adapters = library.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, init_lora_weights=False)
     model = library.get_peft_model(model, adapters, autocast_adapter_dtype=False).train()
-    if norms:
-        peft_fast.set_recompute(model, norms=True)
+    if again:
+        peft_fast.set_recompute(model, norms="norms" in again, mlps="mlps" in again)
     return model
 
 
@@ -136,12 +138,13 @@ def _steps(config: Any, tokens: int, bits: int, device: torch.device) -> dict[st
     dy = torch.randn_like(x)
     made = functools.partial(adapted, config=config, tokens=tokens, bits=bits, device=device)
     models = {
-        "peft": made(peft, liger=False, norms=False),
-        "peft_fast": made(peft_fast, liger=False, norms=False),
-        "peft_fast, norms recomputed": made(peft_fast, liger=False, norms=True),
+        "peft": made(peft),
+        "peft_fast": made(peft_fast),
+        "peft_fast, norms recomputed": made(peft_fast, again=("norms",)),
+        "peft_fast, norms and MLPs recomputed": made(peft_fast, again=("norms", "mlps")),
     }
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        models |= {f"{lib.__name__} + liger": made(lib, liger=True, norms=False) for lib in (peft, peft_fast)}
+        models |= {f"{lib.__name__} + liger": made(lib, liger=True) for lib in (peft, peft_fast)}
     return {name: step_of(model, x, dy) for name, model in models.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import peft_fast
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast.testing import relative_error
 
 # (M, K, N, r); a CPU measures the fallback, on shapes it can do
@@ -58,7 +58,7 @@ def step_of(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[],
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = half_of(device) if device.type == "cuda" else torch.float32
     for name, (M, K, N, r) in SHAPES[device.type].items():
         for kind in ("dense", "nf4"):
             for p in (0.0, 0.05):

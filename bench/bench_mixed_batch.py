@@ -12,25 +12,38 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fast
-from bench.harness import Case
+from bench.harness import Case, half_of
 from peft_fast.testing import relative_error
 
 RANK, TOKENS = 16, 8
-SHAPES = {"cpu": ((256, 64), (4096, 64)), "cuda": ((4096, 8), (4096, 64))}  # width, adapters
+SHAPES = {  # width, adapters, base
+    "cpu": ((256, 64, "dense"), (4096, 64, "dense")),
+    "cuda": ((4096, 8, "nf4"), (4096, 64, "nf4"), (4096, 8, "dense"), (4096, 64, "dense")),
+}
 
 
-def llama(width: int, dtype: torch.dtype, device: torch.device) -> Any:
+def llama(width: int, kind: str, dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=2,
         num_attention_heads=width // 64, num_key_value_heads=width // 64,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    model = LlamaForCausalLM(config).to(dtype)
+    for path, linear in list(model.model.named_modules()) if kind == "nf4" else ():
+        if isinstance(linear, nn.Linear):
+            layer = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, False, compute_dtype=dtype, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+            model.model.set_submodule(path, layer)
+    return model.to(device).eval()
 
 
 def with_adapters(library: Any, base: Any, names: list[str]) -> Any:
@@ -55,12 +68,15 @@ def a_store(model: Any, base: Any, names: list[str]) -> peft_fast.AdapterStore:
 
 
 @functools.cache
-def steps(width: int, count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
+def steps(
+    width: int, count: int, kind: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
     """The providers, which take seconds and gigabytes to make: when the first of them runs."""
     names = [f"user{i}" for i in range(count)]
-    base = llama(width, dtype, device)
+    base = llama(width, kind, dtype, device)
     theirs, ours = (with_adapters(library, copy.deepcopy(base), names) for library in (peft, peft_fast))
-    ours.load_state_dict(theirs.state_dict())
+    adapters = {name: value for name, value in theirs.state_dict().items() if ".lora_" in name}
+    ours.load_state_dict(adapters, strict=False)
     store = a_store(ours, copy.deepcopy(base), names)
     ids = torch.randint(0, 256, (count, 1), device=device)
 
@@ -108,20 +124,19 @@ def steps(width: int, count: int, dtype: torch.dtype, device: torch.device) -> d
     }
 
 
+def _run(name: str, asked: tuple) -> torch.Tensor:
+    return steps(*asked)[name]()
+
+
 def cases(device: torch.device) -> Iterator[Case]:
-    for width, count in SHAPES[device.type]:
-        dtype = torch.float32 if width < 1024 else torch.bfloat16
+    for width, count, kind in SHAPES[device.type]:
+        dtype = torch.float32 if width < 1024 else half_of(device)
         names = ("peft", "peft_fast", "peft_fast store", "base, adapters read", "base")
         if width < 1024 or device.type == "cuda":  # on a CPU the whole base model 64 times: 20 s
             names += ("peft, one after the other",)
-        runs = {
-            name: lambda name=name, width=width, count=count, dtype=dtype: steps(width, count, dtype, device)[name]()
-            for name in names
-        }
+        runs = {name: functools.partial(_run, name, (width, count, kind, dtype, device)) for name in names}
         generating = {
-            name: lambda name=name, width=width, count=count, dtype=dtype: steps(width, count, dtype, device)[
-                f"generate, {name}"
-            ]()
+            name: functools.partial(_run, f"generate, {name}", (width, count, kind, dtype, device))
             for name in ("peft", "peft_fast", "peft_fast store", "base")
         }
 
@@ -129,7 +144,9 @@ def cases(device: torch.device) -> Iterator[Case]:
             for name in ("peft_fast", "peft_fast store"):
                 assert relative_error(runs[name](), runs["peft"]()) < 16 * torch.finfo(dtype).eps, name
 
-        shape = f"2-layer llama width {width}, {count} adapters r={RANK}, one token each"
+        shape = (
+            f"2-layer llama width {width}, {count} adapters r={RANK}, one token each{', nf4' if kind == 'nf4' else ''}"
+        )
         yield Case("mixed_batch", shape, dtype, "inference", runs, gate)
 
         def tokens_gate(generating=generating) -> None:

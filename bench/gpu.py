@@ -194,6 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     device = torch.device("cpu" if given.rehearse else "cuda")
+    if not LOADED or LOADED.endswith("+"):
+        print(f"nothing done now will count as done: {'uncommitted changes' if LOADED else 'no commit known'}; commit "
+              "first, or name a copy without git by PEFT_FAST_SHA", file=sys.stderr)  # fmt: skip
     kind = "rehearsal" if given.rehearse else "all" if given.all else "budget"
     folder, run = folder_of(device, given.results), this_run(device, kind)
     state, begin, statuses = State(folder / "gpu.json"), time.perf_counter(), []
@@ -224,4 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # By default it would end this process alone and leave a stage on the card, which is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

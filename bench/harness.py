@@ -101,6 +101,13 @@ def folder_of(device: torch.device, results: Path = RESULTS) -> Path:
     return results / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
+def half_of(device: torch.device) -> torch.dtype:
+    """The 16-bit dtype that one trains in there: before sm_80 a GPU has no bf16, and what torch does in its place is
+    no baseline."""
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
 def _timer(device: torch.device, host: bool = False) -> Callable[[Callable[[], object]], float]:
     """A function that runs another and returns milliseconds; on a GPU with a cold L2 and by its own clock, or the
     host's."""

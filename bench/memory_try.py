@@ -5,7 +5,8 @@
 A training step (forward, backward, AdamW; random weights, nothing is downloaded) on rows that grow until memory is out,
 then halfway between what fitted and what did not. On a GPU torch gets no more than --limit of its memory; on a CPU what
 a step allocates is compared with it. Rows are appended to bench/results/<device>/memory.csv, the calculated ones beside
-those that were tried.
+those that were tried. Exit status: 1 where --seconds ended a search; `tried` is then what had fitted so far, and
+`too_long`, the shortest row that did not fit, is not near it, or 0.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,23 +33,30 @@ from peft_fast.memory import nbytes, weights_of
 TOLERANCE = 0.03  # of a length: where to stop
 
 
-def longest_that_fits(fits: Callable[[int], bool], start: int, most: int, deadline: float = float("inf")) -> int:
-    """The longest length up to `most` for which `fits`, to within TOLERANCE; 0 where `start` is too long.
+class Found(NamedTuple):
+    """What a search came to."""
+
+    fitted: int  # the longest row that did; 0: none
+    too_long: int  # the shortest that did not; 0: none was met
+    is_complete: bool  # nothing between the two was left to try, or all lengths fit
+
+
+def longest_that_fits(fits: Callable[[int], bool], start: int, most: int, deadline: float = float("inf")) -> Found:
+    """The longest length up to `most` for which `fits`, to within TOLERANCE.
 
     `fits` must be true up to some length and false beyond it. After `deadline` (time.perf_counter) nothing more is
-    tried, and what has fitted so far is the answer.
+    tried: what has fitted so far is then a lower bound and no answer.
     """
     if not fits(start):
-        return 0
-    low, high = start, start
-    while low == high < most and time.perf_counter() < deadline:
-        high = min(most, 2 * low)
-        if fits(high):
-            low = high
+        return Found(0, start, True)
+    low, high = start, 0
+    while not high and low < most and time.perf_counter() < deadline:
+        tokens = min(most, 2 * low)
+        low, high = (tokens, 0) if fits(tokens) else (low, tokens)
     while high - low > TOLERANCE * low and time.perf_counter() < deadline:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return Found(low, high, low == most or 0 < high - low <= TOLERANCE * low)
 
 
 class Trial:
@@ -98,11 +106,18 @@ class Trial:
         return fitted
 
 
-def tried(shape: str, way: Way, rank: int, limit: int, device: torch.device, seconds: float) -> int:
+def tried(shape: str, way: Way, rank: int, limit: int, device: torch.device, seconds: float) -> Found:
     options = Options(shape, 16, 1, 1, rank, 0.0, 4, True, False, False)
     trial = Trial(way, options, device, limit)
     start, most = (512, 1 << 18) if device.type == "cuda" else (16, 256)
     return longest_that_fits(trial.fits, start, most, time.perf_counter() + seconds)
+
+
+def limit_on(device: torch.device, limit: float) -> float:
+    """GiB: no more than the card has, of which a smaller one's rows would otherwise say what it cannot do."""
+    if device.type != "cuda":
+        return limit
+    return min(limit, round(torch.cuda.get_device_properties(device).total_memory / GIB, 1))
 
 
 def append(rows: list[dict[str, Any]], path: Path) -> None:
@@ -128,20 +143,27 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if on_gpu else "cpu")
     ways = [way for way in WAYS if given.only in way.name and "layers, " not in way.name]
-    recipe, limit = Recipe(models.config_of(given.model), rank=given.rank), int(given.limit * GIB)
+    limit_gib = limit_on(device, given.limit)
+    recipe, limit = Recipe(models.config_of(given.model), rank=given.rank), int(limit_gib * GIB)
+    cut_short = []
     path = folder_of(device, given.results) / "memory.csv"
     for way in ways:
         found = tried(given.model, way, given.rank, limit, device, given.seconds / len(ways))
-        length = max(64, found)
+        length = max(64, found.fitted)
         calculated = Calculated(way, recipe).longest(limit - RESERVED, at=(max(32, length // 2), length))
         row = {
             "date": datetime.date.today().isoformat(), "sha": LOADED, "device": device_name(device),
-            "torch": torch.__version__, "model": given.model, "rank": given.rank, "limit_gib": given.limit,
-            "way": way.name, "tried": found, "calculated": calculated,
+            "torch": torch.__version__, "model": given.model, "rank": given.rank, "limit_gib": limit_gib,
+            "way": way.name, "tried": found.fitted, "too_long": found.too_long, "complete": int(found.is_complete),
+            "calculated": calculated,
         }  # fmt: skip
         append([row], path)  # at once: the stage may be ended
-        print(f"{given.model}, {given.limit:g} GiB, {way.name}: {found:,} tokens tried, {calculated:,} calculated")
-    return 0
+        bound = "" if found.is_complete else "at least "
+        print(f"{given.model}, {limit_gib:g} GiB, {way.name}: {bound}{found.fitted:,} tried, {calculated:,} calculated")
+        cut_short += [way.name] * (not found.is_complete)
+    if cut_short:
+        print(f"{given.seconds:g} s were not enough for: {'; '.join(cut_short)}", file=sys.stderr)
+    return int(bool(cut_short))
 
 
 if __name__ == "__main__":

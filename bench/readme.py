@@ -86,8 +86,11 @@ def tried(results: Path) -> str:
     if not rows:
         return "Not tried on a card yet: `python -m bench.memory_try`.\n"
     head = ("device", "model", "GiB", "", "tried", "calculated")
-    texts, numbers = ("device", "model", "limit_gib", "way"), ("tried", "calculated")
-    cells = ((*(row[name] for name in texts), *(f"{int(row[name]):,}" for name in numbers)) for row in rows)
+    cells = []
+    for row in rows:
+        bound = "" if row["complete"] == "1" else "at least "  # its time was over before something did not fit
+        texts = (row[name] for name in ("device", "model", "limit_gib", "way"))
+        cells.append((*texts, f"{bound}{int(row['tried']):,}", f"{int(row['calculated']):,}"))
     return _table(head, cells, 4)
 
 

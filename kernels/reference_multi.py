@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import dropout
-from .segments import Bucket, Constant, Drop, Segments, buckets, places
+from .segments import Bucket, Constant, Drop, Segments, buckets, kept_tables, places
 
 # Of a factor. Copying larger ones side by side, anew in every call, takes longer than multiplying one by one: 64 of
 # rank 16 in fp32, one thread of an EPYC, 0.3 against 0.7 ms with 256 columns, 1.8 against 1.5 ms with 2048.
@@ -337,7 +337,7 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.embedding_bag(b.view(-1, columns), rows, starts, False, 0, False, a.reshape(-1))[0].unsqueeze(1)
 
 
-@functools.lru_cache(maxsize=8)
+@kept_tables(maxsize=8)
 def _bags(G: int, terms: int) -> tuple[Tensor, Tensor]:
     """int32 [G * terms] and [G]: each row once, and where the rows of each sum begin."""
     with torch.inference_mode(False):  # what is made there could not be used elsewhere

@@ -13,6 +13,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def kept_tables(maxsize: int) -> Callable[[Callable], Callable]:
+    """functools.lru_cache for functions that make tensors, without those that have no data: a FakeTensor of a run on
+    shapes alone (peft_fast/memory.py) would be there for the steps that follow."""
+
+    def decorate(make: Callable) -> Callable:
+        kept: dict[Hashable, Any] = {}  # the oldest first
+
+        @functools.wraps(make)
+        def found(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return make(*args)
+            table = kept.get(args)
+            if table is None:
+                table = make(*args)
+                if not any(isinstance(t, FakeTensor) for t in (table if isinstance(table, tuple) else (table,))):
+                    if len(kept) >= maxsize:
+                        kept.pop(next(iter(kept)), None)
+                    kept[args] = table
+            return table
+
+        return found
+
+    return decorate
 
 
 class Segments(NamedTuple):
@@ -143,7 +169,7 @@ def of_sorted(numbers: Tensor, count: int, cut: Callable[[Tensor, int, int], Ten
     return Groups(starts, cut(starts, M, size) if cut else None, size, M)
 
 
-@functools.lru_cache(maxsize=64)
+@kept_tables(maxsize=64)
 def _counting(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=dtype, device=device)
 
@@ -167,7 +193,7 @@ def pieces_of(starts: Tensor, M: int, size: int) -> Tensor:
 # The tables below are functions of plain numbers, the same for all layers of a model and for the steps of generating.
 
 
-@functools.lru_cache(maxsize=256)
+@kept_tables(maxsize=256)
 def blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """int32 [blocks, 4]: segments cut into pieces of up to `size` rows: (adapter, where in `order` the piece begins,
     its rows, the first one's place in the segment)."""
@@ -180,7 +206,7 @@ def blocks(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.int32).view(-1, 4).to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=256)
+@kept_tables(maxsize=256)
 def _starts_on(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(starts_of(lengths), dtype=torch.int32).to(device, non_blocking=True)
 
@@ -210,7 +236,7 @@ def buckets(lengths: tuple[int, ...], kinds: tuple) -> list[Bucket]:
     return made
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_tables(maxsize=1024)
 def places(bucket: Bucket, device: torch.device) -> Tensor:
     """int64 [adapters * length]: where in `order` the rows of a bucket are."""
     first = torch.tensor(bucket.first, dtype=torch.int64)[:, None]

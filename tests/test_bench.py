@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import harness, run
+from bench import bench_mixed_batch, harness, run
 from bench.harness import AGAIN, Case, append, measure, table
 from bench.plot import newest, plot, ratios
+from peft_fast.testing import relative_error
 
 CPU = torch.device("cpu")
 
@@ -104,3 +105,22 @@ def test_a_machine_without_git(monkeypatch):
     monkeypatch.delenv("PEFT_FAST_SHA", raising=False)
     monkeypatch.setattr(harness.subprocess, "run", absent)
     assert harness._loaded() == ""
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_card_without_bf16_is_measured_in_fp16(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert harness.half_of(torch.device("cuda")) == dtype
+    assert harness.half_of(torch.device("cpu")) == torch.bfloat16
+
+
+def test_adapters_on_a_four_bit_base(monkeypatch):
+    """The goal for many adapters is in units of an NF4 base's time."""
+    assert {("nf4", 8), ("nf4", 64)} <= {(kind, count) for _, count, kind in bench_mixed_batch.SHAPES["cuda"]}
+    monkeypatch.setitem(bench_mixed_batch.SHAPES, "cpu", ((256, 3, "nf4"),))
+    cases = list(bench_mixed_batch.cases(torch.device("cpu")))
+    assert all("nf4" in case.shape for case in cases)
+    runs = {name: cases[0].providers[name]() for name in ("peft", "peft_fast", "peft_fast store", "base")}
+    for name in ("peft_fast", "peft_fast store"):  # bitsandbytes repacks peft's weights on some CPUs, in bf16
+        assert relative_error(runs[name], runs["peft"]) < 0.05, name
+    assert relative_error(runs["base"], runs["peft"]) > 0.1

@@ -3,7 +3,12 @@ the README; the repacked wheel."""
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +54,35 @@ def test_how_a_stage_ends(tmp_path, code, seconds, status):
     assert took < 30
     said = (tmp_path / "log").read_text()
     assert said == "x\n" if "print" in code else "x" not in said  # what was ended may still say how far it came
+
+
+def test_a_stage_ends_with_the_command(tmp_path):
+    """`timeout 600 make gpu` ends it with SIGTERM."""
+    arguments = ["--rehearse", "--only", "ops", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (started := list(tmp_path.glob("*/ops.log"))) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert started
+            time.sleep(0.5)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.terminate()
+            assert process.wait(30) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_nothing_is_remembered_of_changed_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "stages", lambda results: (Stage("ops", (), 5, (), ("-c", "")),))
+    for sha, said in (("abc1234+", "uncommitted changes"), ("", "PEFT_FAST_SHA"), ("abc1234", "")):
+        monkeypatch.setattr(gpu, "LOADED", sha)
+        assert gpu.main(["--rehearse", "--results", str(tmp_path)]) == 0
+        found = capsys.readouterr().err
+        assert said in found if said else not found
 
 
 def test_a_run_goes_on_after_a_failure_and_begins_with_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -125,7 +159,7 @@ def test_what_was_tried_is_in_the_file_at_once(tmp_path, monkeypatch):
     def tried(shape, way, *_):
         if "norms" in way.name:
             raise KeyboardInterrupt
-        return 100
+        return memory_try.Found(100, 103, True)
 
     arguments = ["memory_try", "--model", "small", "--only", "peft_fast", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
@@ -146,11 +180,35 @@ def test_the_search_for_the_longest_row(longest):
         asked.append(tokens)
         return tokens <= longest
 
-    found = memory_try.longest_that_fits(fits, 512, 262_144)
+    found, too_long, is_complete = memory_try.longest_that_fits(fits, 512, 262_144)
     expected = 0 if longest < 512 else min(longest, 262_144)
     assert expected * 0.96 <= found <= expected
+    assert is_complete
+    assert too_long == 0 if longest >= 262_144 else too_long > longest
     assert len(asked) < 20
-    assert memory_try.longest_that_fits(lambda tokens: True, 512, 262_144, deadline=0.0) == 512
+
+
+def test_a_search_without_time_is_a_lower_bound(tmp_path, monkeypatch, capsys):
+    cut = memory_try.longest_that_fits(lambda tokens: True, 512, 262_144, deadline=0.0)
+    assert cut == (512, 0, False)
+    arguments = ["memory_try", "--model", "small", "--only", "peft_fast, norms rec", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(memory_try, "tried", lambda *_: cut)
+    monkeypatch.setattr(memory_try.Calculated, "longest", lambda *_, **__: 9000)
+    monkeypatch.setattr(memory_try.Calculated, "_model", lambda *_: None)
+    assert memory_try.main() == 1  # so that `make gpu` tries again, with the time that the others left
+    said = capsys.readouterr()
+    assert "at least 512 tried" in said.out
+    assert "not enough for: peft_fast, norms recomputed" in said.err
+    assert "| at least 512 | 9,000 |" in readme.tried(tmp_path)
+
+
+def test_a_limit_beyond_the_card(monkeypatch):
+    card = type("Card", (), {"total_memory": int(14.6 * memory_try.GIB)})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    assert memory_try.limit_on(torch.device("cuda"), 24) == 14.6
+    assert memory_try.limit_on(torch.device("cuda"), 8) == 8
+    assert memory_try.limit_on(torch.device("cpu"), 24) == 24
 
 
 @pytest.mark.slow

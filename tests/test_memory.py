@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, Qwen3Config
 
 import peft_fast
 from bench import memory as bench_memory
@@ -89,6 +89,26 @@ def test_an_estimate_adds_up_and_leaves_the_model_alone():
     assert torch.equal(before, torch.random.get_rng_state())
     assert model.config._attn_implementation == "sdpa"
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()  # nothing without data is left in it
+
+
+def test_an_estimate_before_the_first_step_of_a_mixture_of_experts():
+    """Tables that layers keep for the next step have no data while shapes alone are run."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model.config.use_cache = False
+    adapters = peft_fast.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft_fast.get_peft_model(model, adapters).train()
+    estimate = estimate_memory(model, 2, 64, autocast=torch.bfloat16)
+    ids = torch.randint(0, VOCABULARY, (2, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert type(loss) is torch.Tensor
+    assert 0 < loss.item() < 20
+    calculated = estimate.activations + estimate.logits + estimate.gradients + estimate.working_space
+    assert measured(model, ids, True) == pytest.approx(calculated, rel=0.1)
 
 
 def test_wrong_arguments():

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import sys
+import threading
 
 import accelerate
 import pytest
@@ -134,7 +136,7 @@ class TestSameFunction:
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_without_gradients(self, mode, calls):
-        model, x = adapted().eval(), torch.randn(3, K)
+        model, x = adapted(Plain()).eval(), torch.randn(3, K)
         expected = model(x)
         with mode():
             torch.testing.assert_close(model(x * 1), expected)
@@ -214,12 +216,83 @@ def _other_scale(attention, x):
     attention.k.set_scale("default", 0.25)
 
 
+def _other_scale_in_its_tensor(attention, x):
+    attention.k.scaling["default"].fill_(0.25)
+
+
 def _switched_off(attention, x):
     attention.k.enable_adapters(False)
 
 
 def _other_backend(attention, x):
     attention.k.backend = "torch"
+
+
+class Plain(Attention):
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out(q * torch.cat([k, v], dim=-1))
+
+
+class ByMethod(Attention):
+    def forward(self, x):
+        q = self.q(x)
+        x.mul_(2)
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ByIndex(Attention):
+    def forward(self, x):
+        q = self.q(x)
+        x[..., 0] = 5
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ByOption(Attention):
+    def forward(self, x):
+        q = self.q(x)
+        nn.functional.relu(input=x, inplace=True)
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ByOut(Attention):
+    def forward(self, x):
+        q = self.q(x)
+        torch.add(q, 1, out=x)
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ThroughAView(Attention):
+    def forward(self, x):
+        flat = x.view(-1)
+        q = self.q(x)
+        flat += 2
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ByAFunction(Attention):
+    def forward(self, x):
+        q = self.q(x)
+        double(x)
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+class ByAChild(Attention):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        q = self.q(x)
+        self.act(x)
+        return q + torch.cat([self.k(x), self.v(x)], dim=-1)
+
+
+def double(x):
+    x.mul_(2)
+
+
+WRITERS = [ByMethod, ByIndex, ByOption, ByOut, ThroughAView, ByAFunction, ByAChild]
 
 
 class TestNothingStale:
@@ -244,6 +317,77 @@ class TestNothingStale:
         attention_of(model).k.backend = None
         set_lora_groups(model, True)
         assert row(model)[0] == "group"
+
+    def test_a_scale_that_is_a_tensor_is_changed_between(self):
+        model = adapted(Attention(_other_scale_in_its_tensor))
+        plain = copy.deepcopy(model)
+        set_lora_groups(plain, False)
+        results = []
+        for one in (model, plain):
+            for name in QKV:
+                getattr(attention_of(one), name).scaling["default"] = torch.tensor(2.0)
+            with torch.no_grad():
+                results.append(one(torch.ones(5, K)))
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("cls", WRITERS, ids=lambda cls: cls.__name__)
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_an_input_that_is_written_to_between(self, cls, mode):
+        """Tensors of inference_mode do not count what is written to them."""
+        model = adapted(cls())
+        plain = copy.deepcopy(model)
+        set_lora_groups(plain, False)
+        with mode():
+            x = torch.randn(5, K)
+            torch.testing.assert_close(model(x.clone()), plain(x.clone()), rtol=1e-5, atol=1e-5)
+
+    def test_a_frozen_layer_between_may_read_the_input(self, calls):
+        """Only q and v adapted, LoRA's most usual targets: k is called in between."""
+        model = adapted(Plain(), target_modules=["q", "v"])
+        with torch.inference_mode():
+            model(torch.randn(5, K))
+        assert calls == [2]
+
+    def test_an_input_that_is_to_have_a_gradient_from_there_on(self):
+        def between(attention, x):
+            x.requires_grad_()
+
+        model, x = adapted(Attention(between)), torch.randn(5, K)
+        gradients = []
+        for enabled in (True, False):
+            set_lora_groups(model, enabled)
+            given = x.clone()
+            model(given).square().sum().backward()
+            gradients.append(given.grad)
+        torch.testing.assert_close(*gradients)
+
+    def test_two_threads(self):
+        """They share the layers, and what is open on them: a layer that finds nothing of its own computes alone."""
+        model, xs = adapted(), [torch.randn(5, K), torch.randn(5, K)]
+        with torch.no_grad():
+            expected = [model(x) for x in xs]
+        failures = []
+
+        def run(x, y):
+            try:
+                for _ in range(150):
+                    set_lora_groups(model, True)
+                    with torch.no_grad():
+                        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+            except BaseException as error:
+                failures.append(error)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=run, args=pair) for pair in zip(xs, expected)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        assert not failures, failures[0]
 
     def test_grad_mode_changed_between(self):
         class Mixed(Attention):

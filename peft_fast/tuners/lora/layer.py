@@ -268,7 +268,8 @@ class Linear(multi.InMixedBatch, LoraLayer):
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
         if self.is_mixed:
             return multi.forward(self, x, *args, **kwargs)
-        if self.group is not None and not (args or kwargs) and (y := self.group.take(self, x)) is not None:
+        group = None if args or kwargs else self.group  # read once: another thread may close it
+        if group is not None and (y := group.take(self, x)) is not None:
             return y
         if self.disable_adapters and self.merged:
             self.unmerge()

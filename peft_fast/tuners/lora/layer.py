@@ -156,8 +156,9 @@ class LoraLayer(InvokedLayer):
         """|W|^2 of every row, computed when the base weight has changed: through a merge, or by torch's count of
         in-place changes. What is written through `.data` is not counted: call base_changed() then."""
         rows = self.rows_of_base()
-        if torch.compiler.is_compiling():
-            return ops.row_squares(rows) if self._squares is None else self._squares[-1]
+        if torch.compiler.is_compiling():  # a graph cannot ask for torch's count; k-bit weights change by merges alone
+            kept = self._squares if isinstance(rows, QuantizedWeight) else None
+            return ops.row_squares(rows) if kept is None else kept[-1]
         base: Any = self.get_base_layer()
         weight = getattr(base, self.weight_name)
         own = rows.data if isinstance(rows, QuantizedWeight) else weight

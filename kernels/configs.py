@@ -74,11 +74,22 @@ def lora_down_forward(device: torch.device, R: int, itemsize: int, count: int = 
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)
 
 
-def lora_down_backward(R: int, itemsize: int, count: int = 1, aligned: bool = True, needs_dx: bool = True) -> dict:
-    """Not aligned: x is loaded element by element (tiles.warps), and its addresses take registers."""
+def lora_down_backward(
+    device: torch.device,
+    R: int,
+    itemsize: int,
+    count: int = 1,
+    aligned: bool = True,
+    needs_dx: bool = True,
+    narrows: bool = False,
+) -> dict:
+    """Not aligned: x is loaded element by element (tiles.warps), and its addresses take registers. `narrows`: A is
+    wider than x; several such spill with three stages (sm_86 to sm_100), tiles of rank 32 on sm_100 with two."""
     block_r = rank_block(R, itemsize)
     if count > 1:
-        return dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
+        config = dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
+        stages = 1 if block_r >= 32 and capability(device) // 10 == 10 else 2
+        return config | dict(num_stages=stages) if narrows else config
     if itemsize == 4 or block_r == 64:
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
     if block_r == 32 and not aligned:

@@ -235,7 +235,10 @@ def lora_down_group_backward(
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     threads = warps(x, *A, x if dx is None else dx)
-    config = configs.lora_down_backward(max(ranks), x.element_size(), len(A), threads == 4, needs_dx=dx is not None)
+    config = configs.lora_down_backward(
+        x.device, max(ranks), x.element_size(), len(A), aligned=threads == 4, needs_dx=dx is not None,
+        narrows=any(a.element_size() > x.element_size() for a in A),
+    )  # fmt: skip
     columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
     splits = min(steps, triton.cdiv(PROGRAMS, columns))
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]

@@ -389,3 +389,8 @@ def test_bad_calls_are_refused_with_the_rule_and_what_was_got():
         ops.lora_up_add(torch.zeros(4, 16), x[:, :2].half(), B, 1.0)
     with pytest.raises(ValueError, match=r"x must have K=32"):
         ops.quant_matmul(x[:, 1:], blockwise.quantize(W))
+
+
+def test_a_weight_that_is_no_matrix():
+    with pytest.raises(ValueError, match=r"weight must be a matrix \[N, K\], got \(8,\): flatten it"):
+        ops.lora_linear(torch.zeros(3, 8), torch.zeros(8), torch.zeros(2, 8), torch.zeros(4, 2), 1.0)

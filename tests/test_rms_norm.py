@@ -138,6 +138,28 @@ def test_what_was_written_to_is_no_norms_output():
     assert source_of(y) is None
 
 
+@pytest.mark.parametrize("written", ["x", "weight"])
+def test_a_source_that_was_written_to_before_the_op_is_not_kept(written):
+    """Nothing else would notice it where the norm's input has no gradient, as in a model's first layer."""
+
+    def gradient(write):
+        torch.manual_seed(1)
+        layers, given = Layers(), {"x": torch.randn(3, K), "weight": torch.rand(K)}
+        y = ops.rms_norm(given["x"], given["weight"], EPS)
+        if write:
+            given[written].mul_(3).add_(1)
+        layers.run("lora_linear", y).square().sum().backward()
+        return layers.A[0].grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_tensors_of_inference_mode_are_no_sources():
+    with torch.inference_mode():
+        x = torch.randn(3, K)
+    assert source_of(ops.rms_norm(x, torch.ones(K), EPS)) is None
+
+
 def test_a_source_that_was_written_to_is_an_error():
     layers, x = Layers(), torch.randn(3, K)
     out = layers.run("lora_linear", ops.rms_norm(x, torch.ones(K), EPS))

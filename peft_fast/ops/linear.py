@@ -161,6 +161,8 @@ def lora_linear(
     """
     check_floating(x=x, A=A, B=B)
     tensors, fmt = flatten(weight)
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be a matrix [N, K], got {tuple(weight.shape)}: flatten it")
     N, K = weight.shape
     R = A.shape[0]
     if x.shape[-1] != K:

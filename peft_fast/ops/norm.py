@@ -20,7 +20,7 @@ from .checks import check_device, check_floating
 
 Kind = Literal["llama", "gemma", "torch"]
 KINDS: tuple[Kind, ...] = ("llama", "gemma", "torch")
-SOURCE = "_peft_fast_source"  # on a tensor: (its Source, its version when it was made)
+SOURCE = "_peft_fast_source"  # on a tensor: (its Source, versions of all three when it was made)
 
 
 class Recipe(NamedTuple):
@@ -95,16 +95,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None, kind: Kind = "llama")
         with plain.without_autocast(x):
             return normalised(x, weight, recipe)
     y = _RMSNorm.apply(x, weight, recipe)
-    setattr(y, SOURCE, (Source(x, weight, recipe), y._version))
+    if not (x.is_inference() or weight.is_inference()):  # which do not count what is written to them
+        setattr(y, SOURCE, (Source(x, weight, recipe), (y._version, x._version, weight._version)))
     return y
 
 
 def source_of(y: Tensor) -> Source | None:
-    """What y was made of, where rms_norm has made this very tensor and nobody has written to it since."""
+    """What y was made of, where rms_norm has made this very tensor and nobody has written to y, x or weight since."""
     if torch.compiler.is_compiling():
         return None
-    source, version = getattr(y, SOURCE, (None, 0))
-    return source if source is not None and y._version == version else None
+    source, versions = getattr(y, SOURCE, (None, None))
+    if source is None:
+        return None
+    return source if (y._version, source.x._version, source.weight._version) == versions else None
 
 
 def to_keep(x: Tensor, source: Source | None) -> tuple[list[Tensor], Recipe | None]:

@@ -32,6 +32,16 @@ def keys_drawn_one_by_one(monkeypatch) -> None:
 
 
 @pytest.fixture
+def group_calls(monkeypatch) -> list[int]:
+    """How many layers each call of lora_group had."""
+    seen, original = [], ops.lora_group
+    monkeypatch.setattr(
+        ops, "lora_group", lambda x, parts, **options: seen.append(len(parts)) or original(x, parts, **options)
+    )
+    return seen
+
+
+@pytest.fixture
 def llama() -> Callable[..., LlamaForCausalLM]:
     """Builds a tiny random Llama; the same arguments give the same model."""
 

@@ -79,6 +79,25 @@ def test_the_norm_of_the_base_weight_is_computed_once_and_again_when_it_changes(
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "4bit"])
+def test_an_adapter_that_is_deleted_and_added_again(kind):
+    """By the same name, with tensors that were written to as often."""
+    model, layer, x = adapted(peft_fast, kind)
+    config = copy.copy(model.peft_config["default"])
+    config.init_lora_weights = False
+    model.eval()
+    with DoraCaching(), torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            model.add_adapter("other", config)
+            model.set_adapter("other")
+            y = layer(x)
+            with DoraCaching(enabled=False):
+                torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+            model.set_adapter("default")
+            model.delete_adapter("other")
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "4bit"])
 def test_caching_of_norms_in_eval_mode(kind, monkeypatch):
     _, layer, x = adapted(peft_fast, kind)
     other = adapted(peft_fast, kind)[1]
@@ -110,6 +129,11 @@ def test_caching_of_norms_in_eval_mode(kind, monkeypatch):
         layer.base_changed()
         check(times=1)
         layer.train().eval()
+        check(times=1)
+        others = {name: value + 1 for name, value in layer.state_dict().items() if "lora_" in name}
+        layer.load_state_dict(others, strict=False, assign=True)  # new tensors, of which nothing is counted yet
+        check(times=1)
+        layer.load_state_dict({name: value * 2 for name, value in others.items()}, strict=False, assign=True)
         check(times=1)
         assert not other.kept_norms
     check(times=2)
@@ -184,6 +208,18 @@ def test_torch_compile_makes_one_graph(kind):
     expected = layer(x)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+def test_a_base_weight_that_changes_under_torch_compile():
+    """A graph cannot see that it did, so it takes no norms that a forward before it has kept."""
+    _, layer, x = adapted(peft_fast, "linear")
+    layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(3).add_(0.2)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_a_gated_mlp_runs_layer_by_layer_and_says_why(llama, trained, tokens):

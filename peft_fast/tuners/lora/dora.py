@@ -7,6 +7,7 @@ W A^T: W + scale * B A is never made (ops/dora.py). Under dropout in training W 
 changes it: y = W x + bias + (factor - 1) * W d + factor * scale * B A d with d = dropout(x), as in peft.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class DoraCaching:
     """Within `with DoraCaching():` layers in eval mode keep the norms of DoRA between forwards, a number for every out
     feature: each saves reading its base weight once more. `DoraCaching()(enabled=True)` does so for good.
 
-    Norms are computed anew when a layer was in training mode in between, when its scale changes, and when torch counts
-    an in-place change of its adapter or base weight; what is written through `.data` is not counted.
+    Norms are computed anew when a layer was in training mode in between, when its scale changes, when its adapter has
+    other tensors, and when torch counts an in-place change of its adapter or base weight; what is written through `.data` is not counted.
     """
 
     enabled_now = False
@@ -104,14 +105,15 @@ def _norms(layer: Any, name: str) -> Tensor:
     _check_at_hand(weight, A)
     squares = layer.kept_squares()
     caching = DoraCaching.enabled_now and not layer.training and not torch.compiler.is_compiling()
+    made_of = (squares, *layer.adapter_parameters(name)) if caching else ()  # the very tensors
     now = (A._version, B._version, float(scale)) if caching else None
     if caching and name in layer.kept_norms:
-        of_squares, key, norms = layer.kept_norms[name]
-        if of_squares is squares and key == now:
+        tensors, key, norms = layer.kept_norms[name]
+        if key == now and len(tensors) == len(made_of) and all(map(is_, tensors, made_of)):
             return norms
     norms = ops.merged_norms(weight, A, *folded(B, scale), squares, layer.backend)
     if caching:
-        layer.kept_norms[name] = (squares, now, norms)
+        layer.kept_norms[name] = (made_of, now, norms)
     return norms
 
 

@@ -11,6 +11,9 @@ there; each takes its own, once, if nothing has changed since: x the same object
 and autocast, the same adapters, weights and dropout (a cache keyed on x's address gave wrong answers in 193 of 200
 trials, where x was freed and its memory used again). Otherwise it computes alone, and the group is off from then on.
 
+Under torch.inference_mode tensors do not say whether they were written to. There the source has to: between the calls
+nothing may look like a write, and x may go nowhere else (`unwritten`); else the layers are called one by one.
+
 The group stands down, layers running one by one, while torch.compile traces (what a hook keeps would be a side effect
 of the graph), in replicas of DataParallel, and for layers that must be called (members.py).
 """
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from peft_fast import ops
 from peft_fast.dispatch import Choice, current_backend, current_route
 
-from .layer import Linear
+from .layer import Linear, LoraLayer
 from .members import JOINING, Member, common_backend, common_dtype, member, projections
 from .mlp import LoraMLP
 
@@ -45,6 +48,7 @@ class _Calls(ast.NodeVisitor):
     def __init__(self, method: ast.FunctionDef) -> None:
         self.calls: dict[tuple, list[str]] = defaultdict(list)  # {(variable, its assignment, branch): children}
         self.assigned: dict[str, int] = defaultdict(int)  # how often so far
+        self.events: list[tuple] = []  # in order: calls of children, as keys of `calls` and names, and None for doubts
         self.branch: tuple = ()
         self.own_name = method.args.args[0].arg
         for statement in method.body:
@@ -54,10 +58,26 @@ class _Calls(ast.NodeVisitor):
         self.generic_visit(node)
         match node:
             case ast.Call(ast.Attribute(ast.Name(own), child), [ast.Name(variable)], []) if own == self.own_name:
-                self.calls[variable, self.assigned[variable], self.branch].append(child)
+                key = variable, self.assigned[variable], self.branch
+                self.calls[key].append(child)
+                self.events.append((key, child))
+            case _ if _may_write(node.func) or any(keyword.arg in ("out", "inplace") for keyword in node.keywords):
+                self.events.append((None, None))
+            case _:
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                self.events += [(None, value.id) for value in given if isinstance(value, ast.Name)]
 
     def visit_Name(self, node: ast.Name) -> None:
         self.assigned[node.id] += not isinstance(node.ctx, ast.Load)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            self.events.append((None, None))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.visit_Assign(node)
+        self.events.append((None, None))
 
     def visit_Assign(self, node: Any) -> None:
         if node.value is not None:
@@ -77,32 +97,57 @@ class _Calls(ast.NodeVisitor):
     def visit_Lambda(self, node: ast.AST) -> None:
         """What is called in a function of its own is called at another time."""
 
-    visit_AnnAssign = visit_AugAssign = visit_NamedExpr = visit_Assign
+    visit_AnnAssign = visit_NamedExpr = visit_Assign
     visit_IfExp = visit_For = visit_While = visit_Try = visit_If
     visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda
 
 
+def _may_write(function: ast.expr) -> bool:
+    """By the name: mul_, F.relu_"""
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
 @functools.lru_cache(maxsize=1024)
-def shared_inputs(forward: Callable) -> tuple[Names, ...]:
-    """The groups of children that a forward calls with the same input; none where its source cannot be had."""
+def _calls(forward: Callable) -> _Calls | None:
+    """None where the source of a forward cannot be had."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):  # no file; not a Python function; part of a line, as a lambda is
-        return ()
+        return None
     method = tree.body[0]
-    if not isinstance(method, ast.FunctionDef) or not method.args.args:
-        return ()
-    calls = list(_Calls(method).calls.values())
+    return _Calls(method) if isinstance(method, ast.FunctionDef) and method.args.args else None
+
+
+def shared_inputs(forward: Callable) -> tuple[Names, ...]:
+    """The groups of children that a forward calls with the same input; none where its source cannot be had."""
+    found = _calls(forward)
+    calls = [] if found is None else list(found.calls.values())
     every = [child for group in calls for child in group]
     once = [tuple(child for child in group if every.count(child) == 1) for group in calls]
     return tuple(group for group in once if len(group) > 1)
 
 
+def unwritten(forward: Callable, names: Names, harmless: Callable[[str], bool]) -> bool:
+    """Whether the source shows nothing between the calls of these children that may write to their input: no in-place
+    operation on anything, which might share its memory, and nobody else who gets it but children that are `harmless`.
+    """
+    found = _calls(forward)
+    if found is None:
+        return False
+    places = [i for i, (key, child) in enumerate(found.events) if key is not None and child in names]
+    key = found.events[places[0]][0]
+    between = found.events[places[0] : places[-1] + 1]
+    strangers = [who for other, who in between if other is None]
+    others = [child for other, child in between if other is not None and other[0] == key[0] and child not in names]
+    return not any(who in (None, key[0]) for who in strangers) and all(map(harmless, others))
+
+
 class Siblings:
     """The groups of one parent, kept in its `lora_siblings`: their layers by name."""
 
-    def __init__(self, parent: nn.Module, groups: tuple[Names, ...]) -> None:
-        self.groups = groups
+    def __init__(self, parent: nn.Module, groups: tuple[Names, ...], unwritten: tuple[bool, ...]) -> None:
+        self.groups, self.unwritten = groups, unwritten  # the latter: of each group, see the function
         self.off: str | None = None  # why
         self.hooks = (
             parent.register_forward_pre_hook(_open),
@@ -120,8 +165,8 @@ def _open(parent: Any, args: Any) -> None:
     siblings = parent.lora_siblings
     if torch.compiler.is_compiling() or siblings.off is not None or getattr(parent, "_is_replica", False):
         return
-    for layers in siblings.layers(parent):
-        opened = _Open(siblings, layers)
+    for layers, is_unwritten in zip(siblings.layers(parent), siblings.unwritten):
+        opened = _Open(siblings, layers, is_unwritten)
         for layer in layers:
             vars(layer)["group"] = opened
 
@@ -139,8 +184,8 @@ def _close(parent: Any, args: Any, output: Any) -> None:
 class _Open:
     """A group during its parent's forward."""
 
-    def __init__(self, siblings: Siblings, layers: list[Linear]) -> None:
-        self.siblings, self.layers = siblings, layers
+    def __init__(self, siblings: Siblings, layers: list[Linear], is_unwritten: bool) -> None:
+        self.siblings, self.layers, self.is_unwritten = siblings, layers, is_unwritten
         self.stands_down = len(layers) < 2
         self.outputs: dict[Linear, tuple[Tensor, Any]] = {}  # not yet taken: y, and what it was computed from
 
@@ -150,9 +195,10 @@ class _Open:
             return None
         if not self.outputs:
             self._compute(layer, x)
-        if layer not in self.outputs:  # it cannot take part, or is called again
+        taken = self.outputs.pop(layer, None)
+        if taken is None:  # it cannot take part, or is called again
             return None
-        y, (tensors, values) = self.outputs.pop(layer)
+        y, (tensors, values) = taken
         tensors_now, values_now = _state(layer, x)
         if values_now == values and len(tensors_now) == len(tensors) and all(map(is_, tensors_now, tensors)):
             return y
@@ -162,7 +208,7 @@ class _Open:
         return None
 
     def _compute(self, layer: Linear, x: Tensor) -> None:
-        found = plan(self.layers, x)
+        found = plan(self.layers, x) if self.is_unwritten or not x.is_inference() else "x may be written to, unseen"
         if isinstance(found, str):
             self.stands_down = True
             return
@@ -177,18 +223,20 @@ class _Open:
 
 
 def _state(layer: Linear, x: Tensor) -> tuple[list[Tensor], tuple]:
-    """All that an output depends on: the very tensors, and plain values."""
+    """All that an output, and whether it has gradients, depends on: the very tensors, and plain values."""
     adapters, base, kind = layer.adapters_in_effect(), layer._modules["base_layer"], x.device.type
     assert base is not None
     given = [x, *base._parameters.values(), *base._buffers.values()]
     for name in adapters:
         A, B = layer.factors(name)
         given += [*A._parameters.values(), *B._parameters.values()]
+        if isinstance(layer.scaling[name], Tensor):  # scales.py
+            given.append(layer.scaling[name])
     tensors = [tensor for tensor in given if tensor is not None]
     values = (
         adapters,
         [(layer.scaling[name], layer.dropout_p(name)) for name in adapters],
-        [None if tensor.is_inference() else tensor._version for tensor in tensors],
+        [(tensor.requires_grad, None if tensor.is_inference() else tensor._version) for tensor in tensors],
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         (layer.backend, current_backend(), current_route()),
@@ -215,13 +263,16 @@ def group_siblings(model: nn.Module) -> None:
         names = {name for name, child in parent._modules.items() if type(child) in JOINING}
         if len(names) < 2 or isinstance(parent, LoraMLP):
             continue
-        shared = [tuple(n for n in group if n in names) for group in shared_inputs(_forward_of(parent))]
+        forward = _forward_of(parent)
+        shared = [tuple(n for n in group if n in names) for group in shared_inputs(forward)]
         groups = tuple(group[i : i + MOST] for group in shared for i in range(0, len(group) - 1, MOST))
+        linear = {n for n, child in parent._modules.items() if isinstance(child, (LoraLayer, nn.Linear))}
+        of_each = tuple(unwritten(forward, group, linear.__contains__) for group in groups)
         before = vars(parent).get("lora_siblings")
         if before is None and groups:
-            parent.lora_siblings = Siblings(parent, groups)  # type: ignore[assignment]
+            parent.lora_siblings = Siblings(parent, groups, of_each)  # type: ignore[assignment]
         elif before is not None:
-            before.groups = groups
+            before.groups, before.unwritten = groups, of_each
 
 
 def _forward_of(parent: nn.Module) -> Any:

@@ -156,8 +156,9 @@ class LoraLayer(InvokedLayer):
         """|W|^2 of every row, computed when the base weight has changed: through a merge, or by torch's count of
         in-place changes. What is written through `.data` is not counted: call base_changed() then."""
         rows = self.rows_of_base()
-        if torch.compiler.is_compiling():
-            return ops.row_squares(rows) if self._squares is None else self._squares[-1]
+        if torch.compiler.is_compiling():  # a graph cannot ask for torch's count; k-bit weights change by merges alone
+            kept = self._squares if isinstance(rows, QuantizedWeight) else None
+            return ops.row_squares(rows) if kept is None else kept[-1]
         base: Any = self.get_base_layer()
         weight = getattr(base, self.weight_name)
         own = rows.data if isinstance(rows, QuantizedWeight) else weight
@@ -268,7 +269,8 @@ class Linear(multi.InMixedBatch, LoraLayer):
         """x: [..., in_features] -> [..., out_features] in x's dtype (autocast's where that is on)."""
         if self.is_mixed:
             return multi.forward(self, x, *args, **kwargs)
-        if self.group is not None and not (args or kwargs) and (y := self.group.take(self, x)) is not None:
+        group = None if args or kwargs else self.group  # read once: another thread may close it
+        if group is not None and (y := group.take(self, x)) is not None:
             return y
         if self.disable_adapters and self.merged:
             self.unmerge()

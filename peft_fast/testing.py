@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Granted to sums in fp32 whatever torch's error is: backends add in orders of their own, some luckier than others. 64
+# Granted to sums in fp32 whatever torch's error is: backends add in orders of their own, some luckier. 64
 # terms for one row: 0.6 eps by a GEMV of AVX-512, 1.2 by Triton's interpreter; a gradient of 8 such sums, 1.1 and 2.9.
 ORDER = 2 * torch.finfo(torch.float32).eps
 

@@ -65,7 +65,8 @@ class DoraCaching:
     feature: each saves reading its base weight once more. `DoraCaching()(enabled=True)` does so for good.
 
     Norms are computed anew when a layer was in training mode in between, when its scale changes, when its adapter has
-    other tensors, and when torch counts an in-place change of its adapter or base weight; what is written through `.data` is not counted.
+    other tensors, and when torch counts an in-place change of its adapter or base weight; what is written through
+    `.data` is not counted.
     """
 
     enabled_now = False

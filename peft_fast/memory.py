@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -102,7 +107,8 @@ def estimate_memory(
     autocast    the dtype of the autocast region that the forward runs in; None: there is none
     step        (model, ids [batch_size, sequence_length]) -> loss; default: the loss of a causal language model
 
-    Raises ValueError for another optimizer, for sizes below 1, and for a model on a GPU, whose kernels need data.
+    Raises ValueError for another optimizer, for sizes below 1, for a model on a GPU, whose kernels need data, and for a
+    step that asks for values: experts one by one, where torch's grouped product does not take LoRA's rank.
     """
     if optimizer not in STATE_BYTES:
         raise ValueError(f"optimizer must be one of {', '.join(STATE_BYTES)}, got {optimizer!r}")
@@ -138,11 +144,17 @@ def step_memory(
         ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
         ledger.ignore(ids)
         with ledger:
-            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = step(model, ids)
-            kept = tuple(each for each, _ in ledger.live.values())
-            ledger.part = "backward"
-            loss.backward()
+            try:
+                with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                    loss = step(model, ids)
+                kept = tuple(each for each, _ in ledger.live.values())
+                ledger.part = "backward"
+                loss.backward()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"a step's memory is calculated on shapes, and {error.func} of this one needs values: of experts, "
+                    "take a rank whose rows are a multiple of 16 bytes (8 in 16 bits), which one product takes for all"
+                ) from error
     return StepMemory(kept, ledger.most)
 
 

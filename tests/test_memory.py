@@ -91,14 +91,27 @@ def test_an_estimate_adds_up_and_leaves_the_model_alone():
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()  # nothing without data is left in it
 
 
-def test_an_estimate_before_the_first_step_of_a_mixture_of_experts():
-    """Tables that layers keep for the next step have no data while shapes alone are run."""
+def mixtral() -> MixtralForCausalLM:
     config = MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
+        num_key_value_heads=2, num_local_experts=4, use_cache=False,
     )  # fmt: skip
-    model = MixtralForCausalLM(config).to(torch.bfloat16)
-    model.config.use_cache = False
+    return MixtralForCausalLM(config).to(torch.bfloat16)
+
+
+def test_experts_one_by_one_depend_on_values():
+    def adapted(rank):
+        adapters = peft_fast.LoraConfig(r=rank, target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM")
+        return peft_fast.get_peft_model(mixtral(), adapters, autocast_adapter_dtype=False).train()
+
+    assert estimate_memory(adapted(8), 2, 64).activations > 0
+    with pytest.raises(ValueError, match="calculated on shapes, and aten.* needs values: of experts, take a rank"):
+        estimate_memory(adapted(4), 2, 64)
+
+
+def test_an_estimate_before_the_first_step_of_a_mixture_of_experts():
+    """Tables that layers keep for the next step have no data while shapes alone are run."""
+    model = mixtral()
     adapters = peft_fast.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft_fast.get_peft_model(model, adapters).train()
     estimate = estimate_memory(model, 2, 64, autocast=torch.bfloat16)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dropout
 from .segments import Bucket, Constant, Drop, Segments, buckets, kept_tables, places
@@ -244,10 +245,13 @@ _of_thread = threading.local()
 def _scratch(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory for a stack, which is used before the next one is made: the last one's, where that is large enough. Fresh
     memory costs more than the copy (a page fault for every 4 KB)."""
+    if isinstance(like, FakeTensor):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
     size = math.prod(shape)
     kept = vars(_of_thread).setdefault("scratch", {})
     if (like.device, like.dtype) not in kept or kept[like.device, like.dtype].numel() < size:
-        kept[like.device, like.dtype] = torch.empty(size, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # a tensor made there could not be written to elsewhere
+            kept[like.device, like.dtype] = torch.empty(size, dtype=like.dtype, device=like.device)
     return kept[like.device, like.dtype][:size].view(shape)
 
 
@@ -340,9 +344,8 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 @kept_tables(maxsize=8)
 def _bags(G: int, terms: int) -> tuple[Tensor, Tensor]:
     """int32 [G * terms] and [G]: each row once, and where the rows of each sum begin."""
-    with torch.inference_mode(False):  # what is made there could not be used elsewhere
-        rows = torch.arange(G * terms, dtype=torch.int32)
-        return rows, rows[::terms].contiguous()
+    rows = torch.arange(G * terms, dtype=torch.int32)
+    return rows, rows[::terms].contiguous()
 
 
 def _masks(bucket: Bucket, K: int, drop: Drop) -> tuple[Tensor | None, float]:

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def kept_tables(maxsize: int) -> Callable[[Callable], Callable]:
     """functools.lru_cache for functions that make tensors, without those that have no data: a FakeTensor of a run on
-    shapes alone (peft_fast/memory.py) would be there for the steps that follow."""
+    shapes alone (peft_fast/memory.py) would be there for the steps that follow. Nor are they inference tensors, which
+    autograd refuses to save."""
 
     def decorate(make: Callable) -> Callable:
         kept: dict[Hashable, Any] = {}  # the oldest first
@@ -29,7 +30,8 @@ def kept_tables(maxsize: int) -> Callable[[Callable], Callable]:
                 return make(*args)
             table = kept.get(args)
             if table is None:
-                table = make(*args)
+                with torch.inference_mode(False):
+                    table = make(*args)
                 if not any(isinstance(t, FakeTensor) for t in (table if isinstance(table, tuple) else (table,))):
                     if len(kept) >= maxsize:
                         kept.pop(next(iter(kept)), None)

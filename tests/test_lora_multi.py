@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.counts import measure
 from peft_fast import ops
-from peft_fast.kernels import reference, segments
+from peft_fast.kernels import reference, reference_multi, segments
 from peft_fast.testing import assert_as_accurate_as_torch
 
 from .conftest import INTERPRETING
@@ -148,6 +149,17 @@ def test_two_runs_give_the_same_bits(backend, device):
     case = make_case(scattered({-1: 3, 0: 17, 1: 6, 2: 9}), [8, 16, 5], p=(0.3, 0.0), device=device)
     first, second = case.run(backend), case.run(backend)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, partial(FakeTensorMode, allow_non_fake_inputs=True)])
+def test_what_other_modes_leave_serves_training(mode):
+    """Memory for stacks and tables of places are kept from call to call."""
+    case = make_case(scattered({-1: 1, 0: 2, 1: 3, 2: 2}), [8, 8, 8], K=520)
+    vars(reference_multi._of_thread).clear()
+    with mode() as entered:
+        x, *A = (entered.from_tensor(t) if entered else t for t in (case.x, *case.A))
+        reference_multi.lora_down_multi(x, A, case.segments, segments.Drop((0.0,) * 3))
+    check_against_fp64(case, "torch")
 
 
 @pytest.mark.parametrize("needs", [(), ("x",), ("A0",), ("B1",), ("x", "A1"), ("bias",), ("A0", "B0")])

@@ -335,7 +335,7 @@ def _is_summed(a: Tensor, b: Tensor) -> bool:
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
     """a [G, 1, terms] @ b [G, terms, columns] as sums of rows of b with the weights in a, in fp32 as a product: what an
-    embedding bag is, which reads b as fast as memory gives it."""
+    embedding bag is, which reads b once and in order."""
     G, terms, columns = b.shape
     rows, starts = _bags(G, terms)
     return torch.embedding_bag(b.view(-1, columns), rows, starts, False, 0, False, a.reshape(-1))[0].unsqueeze(1)

@@ -69,7 +69,7 @@ class _Generating(PeftModel):
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_with_prompt(self, *args: Any, task_ids: Tensor | None, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # of the class that has prompts
 
 
 class _WithHead(PeftModel):

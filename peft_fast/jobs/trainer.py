@@ -163,7 +163,7 @@ class JobTrainer:
         try:
             try:
                 found = shared.backward(logits, batch, [running.factor for running in waiting])
-            except Exception as error:
+            except Exception as error:  # of one job alone it is that job's, and kept in its result
                 if len(waiting) > 1:
                     raise
                 self._fail(waiting[0], error)

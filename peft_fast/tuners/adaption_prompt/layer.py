@@ -76,7 +76,7 @@ class AttentionWithPrompt(BaseTunerLayer):
 
     def queries(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[batch, heads, tokens, size of a head]"""
-        raise NotImplementedError
+        raise NotImplementedError  # each architecture's own
 
     def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[1, heads, adapter_len, size of a head], twice."""

@@ -246,11 +246,23 @@ def activated(g: Tensor, activation: str) -> Tensor:
     return F.silu(g) if activation == "silu" else F.gelu(g, approximate=_APPROXIMATION[activation])
 
 
-def _activation_backward(d_act: Tensor, g: Tensor, activation: str) -> Tensor:
-    """d_act * act'(g)"""
+def _activation_backward(d_act: Tensor, g: Tensor, activation: str, out: Tensor) -> None:
+    """out = d_act * act'(g), rounded once; where `out` is narrower than d_act, d_act is written over."""
+    grad = out if out.dtype == d_act.dtype else d_act
     if activation == "silu":
-        return torch.ops.aten.silu_backward(d_act, g)
-    return torch.ops.aten.gelu_backward(d_act, g, approximate=_APPROXIMATION[activation])
+        torch.ops.aten.silu_backward.grad_input(d_act, g, grad_input=grad)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(d_act, g, approximate=_APPROXIMATION[activation], grad_input=grad)
+    if grad is not out:
+        out.copy_(grad)
+
+
+def _times(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a * b, rounded once; where `out` is narrower than a, a is written over."""
+    if out.dtype == a.dtype:
+        torch.mul(a, b, out=out)
+    else:
+        out.copy_(a.mul_(b))
 
 
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -270,7 +282,7 @@ def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Ten
     wide = torch.promote_types(g.dtype, torch.float32)
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     for rows in _slabs(g):
-        h[rows] = activated(g[rows].to(wide), activation).mul_(u[rows])
+        _times(activated(g[rows].to(wide), activation), u[rows].to(wide), h[rows])
     return h
 
 
@@ -282,12 +294,12 @@ def glu_backward_(
     dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
     h = torch.empty_like(dg) if needs_h else None
     for rows in _slabs(g):
-        wide_g, wide_dh = g[rows].to(wide), dh[rows].to(wide)
+        wide_g, wide_u, wide_dh = (t[rows].to(wide) for t in (g, u, dh))
         act = activated(wide_g, activation)
         if h is not None:
-            h[rows] = act * u[rows]
-        dg[rows] = _activation_backward(wide_dh * u[rows], wide_g, activation)
-        dh[rows] = act.mul_(wide_dh)
+            torch.mul(act, wide_u, out=h[rows])
+        _activation_backward(wide_dh * wide_u, wide_g, activation, dg[rows])
+        _times(act, wide_dh, dh[rows])  # last: in a wide dtype wide_dh lies in dh
     return dg, dh, h
 
 

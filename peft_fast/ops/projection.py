@@ -10,7 +10,7 @@ from peft_fast.dispatch import Backend, Route
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import routes
-from .checks import check_bias, check_device, check_dropout, check_floating
+from .checks import FLOATS, check_bias, check_device, check_dropout, check_floating
 from .library import flatten, unflatten
 
 
@@ -156,7 +156,9 @@ def restored(parts: list[list]) -> list[list]:
 def check(x: Tensor, name: str, projection: Projection, op: str) -> None:
     """ValueError and TypeError for what an op cannot take of a layer, whatever the op; `name`: the layer's."""
     (N, K), A, B, weight = projection.weight.shape, projection.A, projection.B, projection.weight
-    check_floating(**{f"{name}.A": A, f"{name}.B": B})
+    for factor in (A, B):
+        if factor is not None and (factor.dtype not in FLOATS or factor.dim() != 2):
+            check_floating(**{f"{name}.A": A, f"{name}.B": B})
     if (A is None) != (B is None):
         raise ValueError(f"{name} has one of A and B: give both, or neither for a projection without an adapter")
     if A is not None and B is not None and (A.shape != (A.shape[0], K) or B.shape != (N, A.shape[0])):
@@ -168,5 +170,6 @@ def check(x: Tensor, name: str, projection: Projection, op: str) -> None:
     check_bias(projection.bias, N)
     check_dropout(projection.dropout_p, projection.dropout_key)
     data = weight if isinstance(weight, Tensor) else weight.data
-    key = projection.dropout_key
-    check_device(x, **{f"{name}.{n}": t for n, t in dict(weight=data, A=A, B=B, bias=projection.bias, key=key).items()})
+    device, tensors = x.device, (data, A, B, projection.bias, projection.dropout_key)
+    if any(tensor is not None and tensor.device != device for tensor in tensors):
+        check_device(x, **{f"{name}.{n}": t for n, t in zip(("weight", "A", "B", "bias", "key"), tensors)})

@@ -161,9 +161,9 @@ class BaseTunerLayer(AdapterHolder):
 
     def get_base_layer(self) -> nn.Module:
         """The layer of the base model itself, through any tuner layers in between."""
-        layer = self.base_layer
+        layer: Any = self._modules["base_layer"]  # a third of the time of self.base_layer
         while isinstance(layer, BaseTunerLayer):
-            layer = layer.base_layer
+            layer = layer._modules["base_layer"]
         return layer
 
     def base_weight(self) -> Tensor | QuantizedWeight:

@@ -18,10 +18,10 @@ from .bnb import Linear4bit, Linear8bitLt
 from .called import why_called
 from .layer import Linear, LoraLayer
 
-# Classes of LoRA layers that an op may stand for, and why not for one of their layers: integrations/peft_layers.py adds
-# to them.
-JOINING: dict[type, Callable[[Any], str | None]] = dict.fromkeys(
-    (Linear, Linear4bit, Linear8bitLt), lambda layer: why_called(layer, layer.adapters_in_effect())
+# Classes of LoRA layers that an op may stand for, and why not for one of their layers with these adapters in effect:
+# integrations/peft_layers.py adds to them.
+JOINING: dict[type, Callable[[Any, Sequence[str]], str | None]] = dict.fromkeys(
+    (Linear, Linear4bit, Linear8bitLt), why_called
 )
 
 
@@ -46,12 +46,12 @@ def member(layer: Any) -> Member | str:
             return f"is a {type(layer).__name__}"
         if layer.merged:
             return "has merged adapters"
-        base, adapters = layer.base_layer, layer.adapters_in_effect()
-        if adapters and (reason := JOINING[type(layer)](layer)):
+        base, adapters = layer._modules["base_layer"], layer.adapters_in_effect()
+        if adapters and (reason := JOINING[type(layer)](layer, adapters)):
             return f"must be called: {reason}"
         if len(adapters) > 1:
             return "has several active adapters"
-        if adapters and adapters[0] in layer.lora_magnitude_vector:
+        if adapters and adapters[0] in layer._modules["lora_magnitude_vector"]:
             return "has an adapter with DoRA"
     if is_touched(layer):
         return "has hooks or a forward of its own"

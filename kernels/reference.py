@@ -268,10 +268,10 @@ def _times(a: Tensor, b: Tensor, out: Tensor) -> None:
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-def _slabs(t: Tensor) -> Iterator[slice]:
-    """Rows of t [M, F], about GLU_ELEMENTS at a time."""
-    M, step = t.shape[0], max(1, GLU_ELEMENTS // max(1, t.shape[1]))
-    return (slice(start, start + step) for start in range(0, M, step))
+def _slabs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors [M, F], about GLU_ELEMENTS of each at a time."""
+    step = max(1, GLU_ELEMENTS // max(1, tensors[0].shape[1]))
+    return zip(*(t.split(step) for t in tensors))
 
 
 def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
@@ -281,8 +281,8 @@ def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Ten
     """
     wide = torch.promote_types(g.dtype, torch.float32)
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
-    for rows in _slabs(g):
-        _times(activated(g[rows].to(wide), activation), u[rows].to(wide), h[rows])
+    for some_g, some_u, some_h in _slabs(g, u, h):
+        _times(activated(some_g.to(wide), activation), some_u.to(wide), some_h)
     return h
 
 
@@ -293,13 +293,14 @@ def glu_backward_(
     wide = torch.promote_types(g.dtype, torch.float32)
     dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
     h = torch.empty_like(dg) if needs_h else None
-    for rows in _slabs(g):
-        wide_g, wide_u, wide_dh = (t[rows].to(wide) for t in (g, u, dh))
+    for some_g, some_u, some_dh, some_dg, some_h in _slabs(g, u, dh, dg, dg if h is None else h):
+        wide_g, wide_u, wide_dh = (t.to(wide) for t in (some_g, some_u, some_dh))
         act = activated(wide_g, activation)
         if h is not None:
-            torch.mul(act, wide_u, out=h[rows])
-        _activation_backward(wide_dh * wide_u, wide_g, activation, dg[rows])
-        _times(act, wide_dh, dh[rows])  # last: in a wide dtype wide_dh lies in dh
+            torch.mul(act, wide_u, out=some_h)
+        d_act = wide_dh * wide_u if wide_u is some_u else wide_u.mul_(wide_dh)
+        _activation_backward(d_act, wide_g, activation, some_dg)
+        _times(act, wide_dh, some_dh)  # last: in a wide dtype wide_dh lies in dh
     return dg, dh, h
 
 

@@ -304,7 +304,7 @@ def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
     config = configs.lora_down_multi(segments.longest, largest, x.element_size(), factors.aligned)
     pieces = segments.cut(config["BLOCK_M"], x.device)
     tiles_of_rank = triton.cdiv(largest, config["BLOCK_R"])
-    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], max(1, len(pieces) * tiles_of_rank))
+    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], len(pieces) * tiles_of_rank)
     s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if len(pieces) and largest:
         _lora_down_multi_kernel[(len(pieces), tiles_of_rank, splits)](

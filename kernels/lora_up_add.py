@@ -201,8 +201,8 @@ def lora_up_group_backward(
 def _first_stage(
     dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(ds [M, sum R_j], or, with three dimensions, partials of the ds_j [sum of columns, M, largest R_j]; partials of the
-    dB_j [splits, numel]; columns, the number of programs along each dy)."""
+    """(ds [M, sum R_j], or partials of the ds_j, [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel];
+    columns, the number of programs along each dy)."""
     M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
     config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)
     columns, steps = [triton.cdiv(b.shape[0], config["BLOCK_N"]) for b in B], triton.cdiv(M, config["BLOCK_M"])
@@ -211,7 +211,7 @@ def _first_stage(
     splits, rank_tiles = triton.cdiv(M, rows_per_split), triton.cdiv(max(ranks), config["BLOCK_R"])
     partial = torch.empty((splits if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
     of_ds, offsets = partial if ds is None else ds, [ranks[0], sum(ranks[:2])]
-    # One program along each dy leaves nothing to add. None along one, of no columns, leaves a ds to be filled with zeros.
+    # With one program along each dy there is nothing to add. A dy without columns has none: its ds is a sum of nothing.
     if ds is not None and any(programs != 1 for programs in columns):
         of_ds = torch.empty((sum(columns), M, max(ranks)), dtype=torch.float32, device=s.device)
         offsets = [programs * M * max(ranks) for programs in (columns[0], sum(columns[:2]))]

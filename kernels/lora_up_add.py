@@ -201,7 +201,7 @@ def lora_up_group_backward(
 def _first_stage(
     dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(ds [M, sum R_j], or partials of the ds_j, [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel];
+    """(ds [M, sum R_j], or partials of the ds_j [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel];
     columns, the number of programs along each dy)."""
     M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
     config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)

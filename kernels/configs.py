@@ -240,14 +240,14 @@ def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
 # How many programs a split sum aims at: about two per SM of the largest cards we know, and for GEMV four, whose
 # programs have 4 KB of W in flight each (1 TB/s times 1 us is 1 MB). Not device dependent, so that the order of the
 # sums, and with it every bit of the result, is the same on all of them.
-PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32, "lora_down_multi": 256}
+PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32, "lora_down_multi": 256, "lora_backward": 256}
 
 
 def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
     """(splits, steps per split) of a sum over `length` in steps of `block`, for each of `tiles` tiles of the output.
-    No split gets less than two steps: a partial result costs 4 bytes written and read again."""
+    No split gets less than two steps: a partial result costs 4 bytes written and read again. No tiles: a rank of 0."""
     steps = triton.cdiv(length, block)
-    splits = min(max(1, steps // 2), triton.cdiv(PROGRAMS[kind], tiles))
+    splits = min(max(1, steps // 2), triton.cdiv(PROGRAMS[kind], max(1, tiles)))
     per_split = max(1, triton.cdiv(steps, splits))
     return max(1, triton.cdiv(steps, per_split)), per_split
 

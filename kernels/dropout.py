@@ -54,7 +54,7 @@ def mask(key: Tensor, M: int, K: int, p: float, first_row: int = 0) -> Tensor:
     """
     pairs, drop = (K + 1) // 2, threshold(p)
     kept = torch.empty(M, 2 * pairs, dtype=torch.bool, device=key.device)
-    if drop == DRAWS:
+    if drop == DRAWS or not pairs:
         return kept[:, :K].fill_(False)
     first = torch.arange(first_row, first_row + M, device=key.device)[:, None] * pairs  # int64 [M, 1]
     key0 = key[0] + (first >> 32).to(torch.int32) * _int32(0x85EBCA6B)

@@ -105,6 +105,7 @@ def glu_backward_(
     assert dh.stride(1) == 1
     g, u, (M, F) = rows(g), rows(u), g.shape
     dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
+    assert dg.stride(1) == 1
     h = torch.empty_like(dg) if needs_h else None
     if dh.numel():
         _glu_bwd_kernel[(M * triton.cdiv(F, BLOCK),)](

@@ -21,9 +21,6 @@ from . import configs, dropout, tiles
 from .reduce import sum_partials, sum_partials_of
 from .tiles import dropout_mask, in_one_launch, input_precision, rows, strides, thrice, warps
 
-PROGRAMS = 256  # how many programs the backward aims at, about two per SM of the cards we know; not device dependent,
-# so that the order of the sums, and with it every bit of the result, is the same on all of them
-
 
 @triton.jit
 def _kept(x, key_ptr, m, k0, K, threshold, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
@@ -229,7 +226,7 @@ def lora_down_group_backward(
     assert dx is None or dx.stride(1) == 1
     x, A, ds = rows(x), [rows(a) for a in A], rows(ds)
     (M, K), ranks = x.shape, [a.shape[0] for a in A]
-    if M == 0:
+    if M == 0 or K == 0:
         return [a.new_zeros(a.shape) if needs_dA else None for a in A]
     if not in_one_launch(x, A):
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
@@ -240,11 +237,12 @@ def lora_down_group_backward(
         narrows=any(a.element_size() > x.element_size() for a in A),
     )  # fmt: skip
     columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
-    splits = min(steps, triton.cdiv(PROGRAMS, columns))
+    splits = min(steps, triton.cdiv(configs.PROGRAMS["lora_backward"], columns))
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
     splits = triton.cdiv(M, rows_per_split)
     whole = splits == 1 and len(A) == 1  # nothing to add, and nothing beside it
-    partial = torch.empty((splits, sum(ranks), K), dtype=A[0].dtype if whole else torch.float32, device=x.device)
+    dtype = A[0].dtype if whole else torch.float32
+    partial = torch.empty((splits if needs_dA else 0, sum(ranks), K), dtype=dtype, device=x.device)
     keys, thresholds, corrections = _dropout(p, key)
     rank_tiles = triton.cdiv(max(ranks), config["BLOCK_R"])
     together = rank_tiles == 1

@@ -7,9 +7,9 @@
 
 The kernels of lora_multi.py, an expert being an adapter: A [E, R, K] and B [E, N, R] one expert behind the other. How
 many rows each has the router decides, so only the device knows: programs are launched for as many pieces of a group as
-there can be, M // size + E, a kernel tells which there are, and the others end at once. Nothing waits for the device,
-and the number of launches does not depend on how many experts there are. The same in plain torch:
-reference_experts.py.
+there can be, M // size + E, and a kernel tells which there are. Those left over, fewer than E + 1, read the factors of
+expert 0 and write nothing. Nothing waits for the device, and the number of launches does not depend on how many experts
+there are. The same in plain torch: reference_experts.py.
 """
 
 import torch

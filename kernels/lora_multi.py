@@ -300,11 +300,13 @@ def lora_down_multi_backward(
 
 
 def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
+    """To the rank: number_t * (mask_t * x) @ A_t.T, or @ B_t, in the rows of each adapter t: [M, largest R_t] in the
+    dtype of x [M, C], whose rows must be dense. What belongs to no adapter, or lies beyond R_t, is undefined."""
     (M, C), largest = x.shape, max(factors.ranks)
     config = configs.lora_down_multi(segments.longest, largest, x.element_size(), factors.aligned)
     pieces = segments.cut(config["BLOCK_M"], x.device)
     tiles_of_rank = triton.cdiv(largest, config["BLOCK_R"])
-    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], max(1, len(pieces) * tiles_of_rank))
+    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], len(pieces) * tiles_of_rank)
     s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if len(pieces) and largest:
         _lora_down_multi_kernel[(len(pieces), tiles_of_rank, splits)](
@@ -316,6 +318,7 @@ def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
 
 
 def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> None:
+    """From the rank: y [M, C] += number_t * mask_t * s[:, :R_t] @ A_t, or @ B_t.T, in each adapter's rows, in place."""
     assert y.stride(1) == 1
     config = configs.lora_up_multi(segments.longest, max(factors.ranks), y.element_size(), factors.aligned)
     pieces, C = segments.cut(config["BLOCK_M"], y.device), y.shape[1]
@@ -327,7 +330,8 @@ def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> N
 
 
 def gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments | Groups, dtype: torch.dtype) -> Tensor:
-    """[sum of R_t * C] in `dtype`"""
+    """The gradients number_t * u[segment t, :R_t].T @ (mask_t * v)[segment t], or their transposes for B_t, one behind
+    the other: [sum of R_t * C] in `dtype`, for v [M, C]; zeros for an empty segment."""
     C, largest = v.shape[1], max(factors.ranks)
     config = configs.lora_gram_multi(largest, v.element_size())
     out = torch.empty(sum(factors.ranks) * C, dtype=dtype, device=v.device)

@@ -27,7 +27,6 @@ from .tiles import in_one_launch, input_precision, rows, strides, thrice, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds what is left in ds, SLAB * R * 4 bytes for every BLOCK_N
 # columns of dy: 15 MB for N = 14336, R = 16
-PROGRAMS = 256  # as lora_down.py has it
 
 
 @triton.jit
@@ -192,7 +191,7 @@ def lora_up_group_backward(
             [t[slab] for t in dy], s[slab], B, scale, ds if ds is None else ds[slab], needs_dB
         )
         like, before = B if slab.stop == M else [partial[0]], sums[0] if sums else None
-        if ds is not None and max(columns) > 1:
+        if ds is not None and of_ds.dim() == 3:
             sums = sum_both(of_ds, ds[slab], columns, ranks, partial, like if needs_dB else [partial], before)
         elif needs_dB:
             sums = sum_partials_of(partial, like, before)
@@ -202,17 +201,18 @@ def lora_up_group_backward(
 def _first_stage(
     dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(ds, or partials of the ds_j [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel]; columns, the
-    number of programs along each dy)."""
+    """(ds [M, sum R_j], or partials of the ds_j [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel];
+    columns, the number of programs along each dy)."""
     M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
     config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)
     columns, steps = [triton.cdiv(b.shape[0], config["BLOCK_N"]) for b in B], triton.cdiv(M, config["BLOCK_M"])
-    splits = min(steps, triton.cdiv(PROGRAMS, sum(columns))) if needs_dB else steps
+    splits = min(steps, triton.cdiv(configs.PROGRAMS["lora_backward"], sum(columns))) if needs_dB else steps
     rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
     splits, rank_tiles = triton.cdiv(M, rows_per_split), triton.cdiv(max(ranks), config["BLOCK_R"])
     partial = torch.empty((splits if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
     of_ds, offsets = partial if ds is None else ds, [ranks[0], sum(ranks[:2])]
-    if ds is not None and max(columns) > 1:
+    # With one program along each dy there is nothing to add. A dy without columns has none: its ds is a sum of nothing.
+    if ds is not None and any(programs != 1 for programs in columns):
         of_ds = torch.empty((sum(columns), M, max(ranks)), dtype=torch.float32, device=s.device)
         offsets = [programs * M * max(ranks) for programs in (columns[0], sum(columns[:2]))]
     _lora_up_bwd_kernel[(max(columns), splits * rank_tiles, len(B))](

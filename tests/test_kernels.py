@@ -114,6 +114,31 @@ def test_strided_operands(rank, device):
         torch.testing.assert_close(dx1, dx2, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("M", "K", "R"), [(7, 64, 0), (200, 64, 0), (7, 0, 8)])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_down_of_no_ranks_or_no_columns(M, K, R, p, device):
+    """What torch allows: sums of nothing are zero, and dx is left as it is."""
+    x, A, key = torch.randn(M, K, device=device), torch.randn(R, K, device=device), dropout.new_key(device)
+    ds, dx = torch.randn(M, R, device=device), torch.ones(M, K, device=device)
+    for module in (triton_ops, reference):
+        s = module.lora_down(x, A, p, key)
+        assert s.shape == (M, R)
+        assert not s.any()
+        assert module.lora_down_backward(ds, x, A, p, key, dx).shape == (R, K)
+        assert (dx == 1).all()
+
+
+@pytest.mark.parametrize("widths", [(0, 48), (48, 0), (0, 600), (0, 48, 48)])
+def test_ds_of_a_sibling_without_columns_is_zero(widths, device):
+    """Nobody sums it, and memory that nobody writes is full of NaN here (conftest.py)."""
+    dy, B = zip(*[(torch.randn(32, N, device=device).half(), torch.randn(N, 16, device=device).half()) for N in widths])
+    s, scale = torch.randn(32, 16 * len(widths), device=device).half(), [0.5] * len(widths)
+    got, expected = (module.lora_up_group_backward(dy, s, B, scale) for module in (triton_ops, reference))
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-2, atol=1e-2)
+    for mine, other in zip(got[1], expected[1]):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2)
+
+
 def test_column_major_inputs_and_strided_biases(device):
     """Every gradient of the public halves, where an input's rows are not dense."""
     A, B = torch.randn(4, 40, device=device), torch.randn(30, 4, device=device)

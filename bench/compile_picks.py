@@ -1,4 +1,5 @@
-"""What `auto` launches for a LoRA layer on a card of each generation, as ops/table.py picks it: recorded, not run.
+"""What `auto` launches for a LoRA layer, for layers that share x and for a gated MLP on a card of each generation, as
+ops/table.py picks it: recorded, not run.
 
 The layers are on the meta device: a route's steps allocate and launch there as they do on a GPU, and nothing computes.
 The compile matrix compiles what of this it does not have by itself, and tests/test_picks.py looks up every launch in
@@ -6,9 +7,9 @@ its results.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -19,6 +20,8 @@ from bench.launches import Launch, record
 from peft_fast import dispatch
 from peft_fast.kernels import configs
 from peft_fast.ops import routes, table
+from peft_fast.ops.glu import ACTIVATIONS, GLU
+from peft_fast.ops.library import implementation
 from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
@@ -108,6 +111,58 @@ def _launched(
     return tuple(launches)
 
 
+def together(capability: int) -> Iterator[tuple[str, Launch]]:
+    """(variant, launch) of two and three dense layers that share x, as q, k and v do, and of a gated MLP's gate and up;
+    a k-bit base adds what `picks` has. Of ranks up to 256, and of an odd one at an odd size."""
+    sizes = [(R, 4096) for R in (8, 16, 32, 64, 128, 256)] + [(17, 2040)]
+    kinds = product(("bf16", "fp16"), (False, True), sizes, (0.0, 0.1) if capability >= 80 else (0.0,), TOGETHER)
+    with card(capability):
+        for dtype, has_fp32_adapters, (R, K), p, M in kinds:
+            adapter = "fp32" if has_fp32_adapters else dtype
+            tag = f"R{R} M{M}" + (" fp32-adapter" if has_fp32_adapters else "") + (" dropout" if p else "")
+            for widths in ((4096, 1024), (4096, 1024, 1024)):
+                layers = [_layer(N, K, R, p, DTYPES[dtype], DTYPES[adapter]) for N in widths]
+                for launch in _launched_by_group(layers, M):
+                    yield f"{dtype} auto group of {len(widths)} {tag}", launch
+            both = [_layer(11008, K, R, p, DTYPES[dtype], DTYPES[adapter])] * 2
+            for activation, keep in product(ACTIVATIONS, (True, False)):
+                for launch in _launched_by_gated(both, M, activation, keep):
+                    yield f"{dtype} auto {activation} {tag}" + ("" if keep else " inference"), launch
+
+
+TOGETHER = (1, 64, 512)  # tokens: one of every class of configs.py that a dense layer is asked about
+
+
+def _layer(N: int, K: int, R: int, p: float, dtype: torch.dtype, adapter: torch.dtype) -> routes.Lora:
+    A, B = (torch.empty(shape, dtype=adapter, device=META) for shape in ((R, K), (N, R)))
+    key = torch.empty(2, dtype=torch.int32, device=META) if p else None
+    return routes.Lora(weight_of("dense", N, K, dtype), A, B, 2.0, p, key, True, "auto", "auto")
+
+
+def _input(layers: Sequence[routes.Lora], M: int) -> Tensor:
+    weight = layers[0].weight
+    return torch.empty(M, weight.shape[1], dtype=weight.dtype, device=META)
+
+
+def _launched_by_group(layers: Sequence[routes.Lora], M: int) -> tuple[Launch, ...]:
+    x, every = _input(layers, M), [True] * len(layers)
+    with record() as launches:
+        y, s = routes.forward_group(x, [None] * len(layers), layers)
+        routes.backward_group(y, x, s, layers, True, every, every)
+    return tuple(launches)
+
+
+def _launched_by_gated(layers: Sequence[routes.Lora], M: int, activation: str, keep: bool) -> tuple[Launch, ...]:
+    """Without what the group of both launches in its backward."""
+    x = _input(layers, M)
+    choice = GLU.choose("auto", x.device, x.dtype)
+    with record() as launches:
+        g, u, _, h = routes.forward_gated(x, [None, None], layers, activation, choice, keep)
+        for needs_h in (True, False) if keep else ():
+            implementation(choice).glu_backward_(h, g, u, activation, needs_h=needs_h)
+    return tuple(launches)
+
+
 def covers(known: Launch, launch: Launch) -> bool:
     """Whether `known` is the same kernel but for pointers that it has and `launch` has not: to a bias, to a key, ..."""
     if known.kernel is not launch.kernel or known.options != launch.options:
@@ -127,10 +182,10 @@ def covers(known: Launch, launch: Launch) -> bool:
 def beyond(known: list[Launch], capability: int) -> Iterator[tuple[str, Launch]]:
     """(variant, launch) of what `auto` launches on this card and `known` does not cover."""
     seen = dict.fromkeys(known)
-    for pick in picks(capability):
-        for launch in pick.launches:
-            if launch in seen:
-                continue
-            if not any(covers(other, launch) for other in seen):
-                yield pick.variant, launch
-            seen[launch] = None
+    of_layers = ((pick.variant, launch) for pick in picks(capability) for launch in pick.launches)
+    for variant, launch in chain(of_layers, together(capability)):
+        if launch in seen:
+            continue
+        if not any(covers(other, launch) for other in seen):
+            yield variant, launch
+        seen[launch] = None

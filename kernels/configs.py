@@ -63,14 +63,11 @@ def dequantize_int8(K: int) -> dict:
 # LoRA's two projections, by rank and bytes per element: the widest tiles that spill nothing on any target.
 
 
-def lora_down_forward(device: torch.device, R: int, itemsize: int, count: int = 1) -> dict:
-    """`count` adapters share x. Two of rank 8 spill on sm_80 with three stages, on sm_120 with two; two of rank 32 in
-    fp32 on sm_100 with tiles of 128 columns."""
+def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
+    """`count` adapters share x. Two: 16 rows or three stages spill 8 to 24 bytes somewhere from sm_80 to sm_120."""
     block_r = rank_block(R, itemsize)
     if count == 2:
-        stages = 2 if capability(device) == 80 else 3
-        columns = 64 if capability(device) // 10 == 10 and block_r >= 32 else 128
-        return dict(BLOCK_M=16, BLOCK_K=columns, BLOCK_R=min(block_r, 32), num_stages=stages)
+        return dict(BLOCK_M=32, BLOCK_K=64, BLOCK_R=min(block_r, 32), num_stages=2)
     if count > 2:
         return dict(BLOCK_M=32, BLOCK_K=32, BLOCK_R=min(block_r, 32))
     return dict(BLOCK_M=32, BLOCK_K=128 if itemsize == 2 and block_r == 16 else 64, BLOCK_R=block_r)

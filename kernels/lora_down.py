@@ -198,7 +198,7 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
         return x.new_empty(0, sum(ranks))
     if not in_one_launch(x, A):
         return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
-    config = configs.lora_down_forward(x.device, max(ranks), x.element_size(), len(A))
+    config = configs.lora_down_forward(max(ranks), x.element_size(), len(A))
     grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(max(ranks), config["BLOCK_R"])
     splits, steps = configs.split_lora_down(M, K, config["BLOCK_K"], grid[0] * grid[1])
     s = torch.empty((splits, M, sum(ranks)), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)

@@ -1,17 +1,14 @@
 """`auto` launches nothing that the compile matrix says spills or does not fit: every launch that ops/table.py's picks
-make on a card is looked up in bench/results/compile."""
+make on a card, for one layer, for layers that share x and for gated MLPs, is looked up in bench/results/compile."""
 
 import functools
-import itertools
 
 import pytest
-import torch
 import triton
 
 from bench import compile as matrix
-from bench.compile_picks import TOKENS, Pick, covers, picks
-from bench.launches import record
-from peft_fast.kernels import configs, dropout, lora_down
+from bench.compile_picks import TOKENS, Pick, covers, picks, together
+from bench.launches import Launch
 
 Rows = dict[tuple[str, str, str], dict[str, str]]  # (kernel, target, variant): row
 
@@ -32,16 +29,21 @@ def of(capability: int) -> tuple[list[Pick], list[matrix.Job]]:
 def problems(capability: int, known: Rows) -> list[str]:
     """One line for each launch of a pick that has no row, or one with a fault."""
     made, jobs = of(capability)
+    launched = {launch: pick.variant for pick in made for launch in pick.launches}
+    return faults(launched, jobs, capability, known)
+
+
+def faults(launched: dict[Launch, str], jobs: list[matrix.Job], capability: int, known: Rows) -> list[str]:
+    """`launched`: which call makes each launch."""
     exact = {launch: variant for variant, launch, _ in jobs}
     found = []
-    launched = {launch: pick for pick in made for launch in pick.launches}
-    for launch, pick in launched.items():
+    for launch, call in launched.items():
         variant = exact.get(launch) or next((v for v, other, _ in jobs if covers(other, launch)), None)
         row = known.get((launch.name, f"sm_{capability}", str(variant)))
         if row is None:
-            found.append(f"{launch.name}, {pick.variant}: no row of {variant} in bench/results/compile (make compile)")
+            found.append(f"{launch.name}, {call}: no row of {variant} in bench/results/compile (make compile)")
         elif int(row["spill_bytes"]) or float(row["shared_kb"]) > matrix.SHARED_KB[capability] or row["fault"]:
-            found.append(f"{launch.name}, {pick.variant}: {variant} spills or does not fit: {row}")
+            found.append(f"{launch.name}, {call}: {variant} spills or does not fit: {row}")
     return found
 
 
@@ -53,22 +55,10 @@ def test_auto_launches_what_fits(capability):
     assert problems(capability, rows()) == []
 
 
-# Not seen yet: sm_120; on sm_100 the forward of two adapters of rank 32 takes 8 bytes of stack, as its row says.
-@pytest.mark.parametrize("capability", [90, *SLOW[:3]])
-def test_groups_launch_what_fits(capability):
-    """q, k and v with adapters in fp32, as get_peft_model makes them, under a bf16 model."""
-    _, jobs = of(capability)
-    exact = {launch: variant for variant, launch, _ in jobs}
-    for count, R, p in itertools.product((2, 3), (8, 16, 32), (0.0, 0.1)):
-        x, ds = torch.zeros(256, 4096, dtype=torch.bfloat16), torch.zeros(256, count * R, dtype=torch.bfloat16)
-        A, drop = [torch.zeros(R, 4096)] * count, ([p] * count, [dropout.new_key("cpu") if p else None] * count)
-        with configs.target(capability), record() as launched:
-            lora_down.lora_down_group(x, A, *drop)
-            lora_down.lora_down_group_backward(ds, x, A, *drop, x)
-        for launch in dict.fromkeys(one for one in launched if one.name.startswith("lora_down")):
-            variant = exact.get(launch) or next(v for v, other, _ in jobs if covers(other, launch))
-            row = rows()[launch.name, f"sm_{capability}", variant]
-            assert row["fault"] == "", row
+@pytest.mark.parametrize("capability", [75, 90, *SLOW])
+def test_groups_and_mlps_launch_what_fits(capability):
+    launched = {launch: variant for variant, launch in together(capability)}
+    assert faults(launched, of(capability)[1], capability, rows()) == []
 
 
 def test_what_spills_or_is_not_known_is_noticed():

@@ -87,7 +87,7 @@ def _glu_bwd_kernel(
 
 
 def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    """h [M, F] = act(g) * u in g's dtype; into `out` if given, which may be g or u. Rows may lie apart."""
+    """h [M, F] = act(g) * u in g's dtype; into `out` if given, which may be g. Rows may lie apart."""
     g, u, (M, F) = rows(g), rows(u), g.shape
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     assert h.stride(1) == 1

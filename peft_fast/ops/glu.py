@@ -1,6 +1,6 @@
 """glu: h = act(g) * u, the middle of a gated MLP, for who calls its layers one by one: lora_mlp (mlp.py) has it inside.
 
-Kept for backward: g and u, not act(g). Computed in fp32 and rounded once; on the CPU in slabs that fit its cache.
+Kept for backward: g and u, not act(g). The kernels compute in fp32 and round once; torch rounds act(g) too.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ keys; or, with `recompute`, x and the keys alone. Neither act(g) nor h is: the b
 glu_backward_ gives it on its way. dx of gate and up is one buffer. Each layer takes the route that it would take alone
 (table.py, routes.py).
 
-g and u stay in the dtype of the products, h is computed from them in fp32 and rounded once.
+g and u stay in the dtype of the products, h is computed from them as in glu.py.
 """
 
 from typing import Any

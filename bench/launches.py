@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
 from bench import traffic
+from peft_fast.kernels.launch import Plan
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8",
@@ -76,12 +78,8 @@ def record() -> Iterator[list[Launch]]:
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_describe(self, tuple(grid), args, kwargs))
 
-    original = JITFunction.run
-    JITFunction.run = run
-    try:
+    with patch.object(JITFunction, "run", run), patch.object(Plan, "__call__", Plan.by_triton):
         yield launches
-    finally:
-        JITFunction.run = original
 
 
 def compile_for(launch: Launch, capability: int) -> Any:

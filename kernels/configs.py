@@ -1,25 +1,28 @@
 """Launch configurations of all kernels: plain data by kernel, compute capability and class of shape. Nothing is tuned:
 no kernel has run on a GPU yet, and every block says where its numbers come from."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
 
-from .tiles import rank_block
+from .tiles import cdiv, power_of_2, rank_block
 
 MANY = 1 << 62  # rows: above every class of M
 _asked_for: int | None = None  # by `target`, whatever the device
 
 
 def capability(device: torch.device) -> int:
-    """The compute capability as a number, 89 for 8.9. Without a GPU (interpreter, recorded launches): 80."""
+    """The compute capability as a number, 89 for 8.9: `cc` below. No GPU (interpreter, recorded launches): 80."""
     if _asked_for is not None:
         return _asked_for
-    if device.type != "cuda":
-        return 80
+    return _capability(device) if device.type == "cuda" else 80
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -36,10 +39,9 @@ def target(asked_for: int) -> Iterator[None]:
         _asked_for = before
 
 
-def _newest(table: dict[int, Any], device: torch.device) -> Any:
-    """The entry of the highest capability that is not above the device's."""
-    own = capability(device)
-    return table[max(known for known in table if known <= own)]
+def _newest(table: dict[int, Any], cc: int) -> Any:
+    """The entry of the highest capability that is not above this one."""
+    return table[max(known for known in table if known <= cc)]
 
 
 # A multiple of every quantisation block. Words a thread has in flight: 4, and 8 where there is more bandwidth to
@@ -47,16 +49,16 @@ def _newest(table: dict[int, Any], device: torch.device) -> Any:
 DEQUANTIZE = {75: dict(BLOCK=4096, num_warps=4), 90: dict(BLOCK=8192, num_warps=4)}
 
 
-def dequantize(device: torch.device, numel: int) -> dict:
+def dequantize(cc: int, numel: int) -> dict:
     """The longer program only where all are full: with masks on every element it spills (sm_120)."""
-    config = _newest(DEQUANTIZE, device)
+    config = _newest(DEQUANTIZE, cc)
     return DEQUANTIZE[75] if numel % config["BLOCK"] else config
 
 
 def dequantize_int8(K: int) -> dict:
     """As many elements, and whole rows where they are short; eight a thread where each has an address of its own."""
     elements, warps = (2048, 8) if K % 16 else (4096, 4)
-    block_k = min(max(triton.next_power_of_2(K), 128), elements)
+    block_k = min(max(power_of_2(K), 128), elements)
     return dict(BLOCK_N=elements // block_k, BLOCK_K=block_k, num_warps=warps)
 
 
@@ -74,7 +76,7 @@ def lora_down_forward(R: int, itemsize: int, count: int = 1) -> dict:
 
 
 def lora_down_backward(
-    device: torch.device,
+    cc: int,
     R: int,
     itemsize: int,
     count: int = 1,
@@ -87,7 +89,7 @@ def lora_down_backward(
     block_r = rank_block(R, itemsize)
     if count > 1:
         config = dict(BLOCK_M=16, BLOCK_K=64 if count == 2 else 32, BLOCK_R=min(block_r, 32))
-        stages = 1 if block_r >= 32 and capability(device) // 10 == 10 else 2
+        stages = 1 if block_r >= 32 and cc // 10 == 10 else 2
         return config | dict(num_stages=stages) if narrows else config
     if itemsize == 4 or block_r == 64:
         return dict(BLOCK_M=16, BLOCK_K=32, BLOCK_R=block_r)
@@ -125,7 +127,7 @@ def lora_embedding(R: int, itemsize: int) -> dict:
 
 def segment_sum(R: int) -> dict:
     """A warp a segment: most words come once or twice in a batch, and 16 ids at once serve those that come often."""
-    block_r = min(max(16, triton.next_power_of_2(R)), 64)
+    block_r = min(max(16, power_of_2(R)), 64)
     return dict(BLOCK_M=16, BLOCK_R=block_r, num_warps=1, enable_fp_fusion=True)
 
 
@@ -200,13 +202,13 @@ GEMM_STAGES = {80: 4, 86: 3, 90: 4, 120: 3}
 GEMM_STAGES_89 = 2
 
 
-def quant_matmul(device: torch.device, M: int, itemsize: int, aligned: bool) -> list[dict]:
+def quant_matmul(cc: int, M: int, itemsize: int, aligned: bool) -> list[dict]:
     """The same for the forward and for dx, whose sum runs along BLOCK_N. Not aligned: rows of the activations do not
     start at multiples of 16, or the weight lies at an odd address; what is loaded element by element needs eight warps
     for its addresses (tiles.warps)."""
     candidates = next(c for most, c in (GEMM_16_BIT if itemsize == 2 else GEMM_32_BIT) if most >= M)
-    stages = _newest(GEMM_STAGES, device)
-    if candidates[0]["BLOCK_M"] == 128 and capability(device) == 89:
+    stages = _newest(GEMM_STAGES, cc)
+    if candidates[0]["BLOCK_M"] == 128 and cc == 89:
         stages = GEMM_STAGES_89
     if not aligned:
         block_m, block_k = min(candidates[0]["BLOCK_M"], 64), min(candidates[0]["BLOCK_K"], 64)
@@ -225,11 +227,11 @@ GEMV = {
 }
 
 
-def quant_gemv(device: torch.device, M: int, aligned: bool) -> list[dict]:
+def quant_gemv(cc: int, M: int, aligned: bool) -> list[dict]:
     """Not aligned: rows of x do not start at multiples of 16, and their addresses take the registers of half of W's, of
     more with 4 rows."""
-    block_m = triton.next_power_of_2(M)
-    known = _newest(GEMV, device)[block_m]
+    block_m = power_of_2(M)
+    known = _newest(GEMV, cc)[block_m]
     rows = known if aligned else (1 if block_m == 4 else known[0] // 2,)
     return [dict(BLOCK_M=block_m, BLOCK_N=n, BLOCK_K=1024, BLOCK_R=16, num_warps=4) for n in rows]
 
@@ -243,13 +245,13 @@ PROGRAMS = {"gemm": 256, "gemv": 512, "lora_down": 32, "lora_down_multi": 256, "
 def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
     """(splits, steps per split) of a sum over `length` in steps of `block`, for each of `tiles` tiles of the output.
     No split gets less than two steps: a partial result costs 4 bytes written and read again. No tiles: a rank of 0."""
-    steps = triton.cdiv(length, block)
-    splits = min(max(1, steps // 2), triton.cdiv(PROGRAMS[kind], max(1, tiles)))
-    per_split = max(1, triton.cdiv(steps, splits))
-    return max(1, triton.cdiv(steps, per_split)), per_split
+    steps = cdiv(length, block)
+    splits = min(max(1, steps // 2), cdiv(PROGRAMS[kind], max(1, tiles)))
+    per_split = max(1, cdiv(steps, splits))
+    return max(1, cdiv(steps, per_split)), per_split
 
 
 def split_lora_down(M: int, K: int, block: int, tiles: int) -> tuple[int, int]:
     """As `split`, for lora_down's K. Only where few programs would each walk through all of K one after another: up to
     128 tokens. With more the second stage costs a launch and gains little."""
-    return split("lora_down", K, block, tiles) if M <= 128 else (1, max(1, triton.cdiv(K, block)))
+    return split("lora_down", K, block, tiles) if M <= 128 else (1, max(1, cdiv(K, block)))

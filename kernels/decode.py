@@ -73,17 +73,14 @@ def why_not(fmt: Format) -> str | None:
     return f"K is {fmt.K}, offsets within a tile need 32 bits up to {MAX_K}" if fmt.K > MAX_K else None
 
 
-def tile_constants(weight: QuantizedWeight, BLOCK_N: int, BLOCK_K: int) -> dict:
+def tile_constants(fmt: Format, aligned: bool, BLOCK_N: int, BLOCK_K: int) -> dict:
     """What `tile` needs to know at compile time. UNIT: neighbours in a row that surely share a scale; for int8, that
-    can be loaded at once."""
-    N, K = weight.shape
-    nested = weight.nested.blocksize if weight.nested else 0
-    even = N % BLOCK_N == 0 and K % BLOCK_K == 0
-    if weight.bits == 8:
-        aligned = is_aligned(weight)
+    can be loaded at once. aligned: `is_aligned` of the weight."""
+    even = fmt.N % BLOCK_N == 0 and fmt.K % BLOCK_K == 0
+    if fmt.bits == 8:
         return dict(G=0, NESTED_G=0, UNIT=8 if aligned else 1, ALIGNED=aligned, EVEN=even and aligned)
-    unit = math.gcd(K, weight.blocksize, BLOCK_K)
-    return dict(G=weight.blocksize, NESTED_G=nested, UNIT=unit, ALIGNED=is_aligned(weight), EVEN=even)
+    unit = math.gcd(fmt.K, fmt.blocksize, BLOCK_K)
+    return dict(G=fmt.blocksize, NESTED_G=fmt.nested_blocksize, UNIT=unit, ALIGNED=aligned, EVEN=even)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ from torch import Tensor
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import configs, decode, tiles
+from .launch import Plan, planned
+from .tiles import cdiv
 
 
 @triton.jit
@@ -79,19 +81,29 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype | None = None, out: T
     if out.numel() == 0:
         return out
     if weight.bits == 8:
-        config = configs.dequantize_int8(K)
-        _dequantize_int8_kernel[(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(K, config["BLOCK_K"]))](
-            weight.data, weight.absmax, out, N, K, WIDTH=16 // out.element_size(), enable_fp_fusion=False, **config
-        )
-        return out
-    config = configs.dequantize(out.device, N * K)
-    _dequantize_kernel[(triton.cdiv(N * K, config["BLOCK"]),)](
-        *decode.pointers(weight), out, N * K, weight.absmax.numel(),
-        G=weight.blocksize, NESTED_G=weight.nested.blocksize if weight.nested else 0,
-        ALIGNED=decode.is_aligned(weight), EVEN=N * K % config["BLOCK"] == 0,
+        _int8_plan(N, K, out.element_size())(weight.data, weight.absmax, out)
+    else:
+        nested = weight.nested.blocksize if weight.nested else 0
+        facts = (weight.absmax.numel(), weight.blocksize, nested, decode.is_aligned(weight))
+        _plan(N * K, *facts, configs.capability(out.device))(*decode.pointers(weight), out)
+    return out
+
+
+@planned
+def _int8_plan(N: int, K: int, itemsize: int) -> Plan:
+    config = configs.dequantize_int8(K)
+    grid = cdiv(N, config["BLOCK_N"]), cdiv(K, config["BLOCK_K"])
+    return Plan(_dequantize_int8_kernel, grid, (N, K), WIDTH=16 // itemsize, enable_fp_fusion=False, **config)
+
+
+@planned
+def _plan(numel: int, blocks: int, blocksize: int, nested: int, aligned: bool, cc: int) -> Plan:
+    config = configs.dequantize(cc, numel)
+    return Plan(
+        _dequantize_kernel, (cdiv(numel, config["BLOCK"]),), (numel, blocks),
+        G=blocksize, NESTED_G=nested, ALIGNED=aligned, EVEN=numel % config["BLOCK"] == 0,
         enable_fp_fusion=False, **config,
     )  # fmt: skip
-    return out
 
 
 def why_not(dtype: torch.dtype) -> str | None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from peft_fast.quant.weight import Format, QuantizedWeight
 
 from . import configs, decode, tiles
+from .launch import Plan, planned
 from .reduce import sum_partials
-from .tiles import input_precision, rows
+from .tiles import cdiv, input_precision, layout, rows
 
 
 @triton.jit
@@ -64,17 +65,29 @@ def dequantize_merge(
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out, torch.zeros(N, device=weight.device) if needs_norms else None
-    aligned = K % 16 == 0 and tiles.warps(A) == 4
-    config = configs.dequantize_merge(out.element_size(), aligned)
-    columns = triton.cdiv(K, config["BLOCK_K"])
-    squares = torch.empty(columns, N, dtype=torch.float32, device=weight.device) if needs_norms else None
-    _dequantize_merge_kernel[(columns, triton.cdiv(N, config["BLOCK_N"]))](
-        *decode.pointers(weight), A, B, out, squares,
-        scale, N, K, R, A.stride(0), B.stride(0),
-        **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-        NEEDS_NORMS=needs_norms, PRECISION=input_precision(), enable_fp_fusion=False, **config,
+    columns, launch = _plan(
+        weight.format, decode.is_aligned(weight), R, (A.stride(0), B.stride(0)), scale, out.element_size(),
+        K % 16 == 0 and layout(A)[1], needs_norms, input_precision(),
     )  # fmt: skip
+    squares = torch.empty(columns, N, dtype=torch.float32, device=weight.device) if needs_norms else None
+    launch(*decode.pointers(weight), A, B, out, squares)
     return out, None if squares is None else sum_partials(squares[:, None], torch.float32, root=True)[0]
+
+
+@planned
+def _plan(
+    fmt: Format, whole_words: bool, R: int, distances: tuple[int, int], scale: float, itemsize: int, aligned: bool,
+    needs_norms: bool, precision: str,
+) -> tuple[int, Plan]:  # fmt: skip
+    """(programs along K, the launch). distances: of the rows of A and B; aligned: A and W'."""
+    config = configs.dequantize_merge(itemsize, aligned)
+    columns = cdiv(fmt.K, config["BLOCK_K"])
+    return columns, Plan(
+        _dequantize_merge_kernel, (columns, cdiv(fmt.N, config["BLOCK_N"])),
+        (scale, fmt.N, fmt.K, R, *distances),
+        **decode.tile_constants(fmt, whole_words, config["BLOCK_N"], config["BLOCK_K"]),
+        NEEDS_NORMS=needs_norms, PRECISION=precision, enable_fp_fusion=False, **config,
+    )  # fmt: skip
 
 
 def why_not(fmt: Format, dtype: torch.dtype) -> str | None:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .tiles import rows
+from .launch import Plan, planned
+from .tiles import cdiv, rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 BLOCK = 1024  # elements a program takes of one row: with 4 warps, 16 bytes a thread and load where they have 16 bits
@@ -92,10 +93,13 @@ def glu(g: Tensor, u: Tensor, activation: str, out: Tensor | None = None) -> Ten
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     assert h.stride(1) == 1
     if h.numel():
-        _glu_fwd_kernel[(M * triton.cdiv(F, BLOCK),)](
-            g, u, h, F, g.stride(0), u.stride(0), h.stride(0), ACTIVATION=activation, **CONFIG
-        )
+        _forward_plan(M, F, g.stride(0), u.stride(0), h.stride(0), activation)(g, u, h)
     return h
+
+
+@planned
+def _forward_plan(M: int, F: int, of_g: int, of_u: int, of_h: int, activation: str) -> Plan:
+    return Plan(_glu_fwd_kernel, (M * cdiv(F, BLOCK),), (F, of_g, of_u, of_h), ACTIVATION=activation, **CONFIG)
 
 
 def glu_backward_(
@@ -108,11 +112,17 @@ def glu_backward_(
     assert dg.stride(1) == 1
     h = torch.empty_like(dg) if needs_h else None
     if dh.numel():
-        _glu_bwd_kernel[(M * triton.cdiv(F, BLOCK),)](
-            dh, g, u, dg, h, F, dh.stride(0), g.stride(0), u.stride(0), dg.stride(0), 0 if h is None else h.stride(0),
-            ACTIVATION=activation, NEEDS_H=needs_h, **CONFIG,
-        )  # fmt: skip
+        of_h = 0 if h is None else h.stride(0)
+        launch = _backward_plan(M, F, (dh.stride(0), g.stride(0), u.stride(0), dg.stride(0), of_h), activation, needs_h)
+        launch(dh, g, u, dg, h)
     return dg, dh, h
+
+
+@planned
+def _backward_plan(M: int, F: int, distances: tuple[int, ...], activation: str, needs_h: bool) -> Plan:
+    """distances: of the rows of dh, g, u, dg, h."""
+    constants = dict(ACTIVATION=activation, NEEDS_H=needs_h, **CONFIG)
+    return Plan(_glu_bwd_kernel, (M * cdiv(F, BLOCK),), (F, *distances), **constants)
 
 
 def why_not(dtype: torch.dtype) -> str | None:

@@ -11,6 +11,7 @@ are added in a second stage, in fixed order. The same in plain torch: reference.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, dropout, tiles
+from .launch import Plan, planned
 from .reduce import sum_partials, sum_partials_of
-from .tiles import dropout_mask, in_one_launch, input_precision, rows, strides, thrice, warps
+from .tiles import MOST, cdiv, dropout_mask, in_one_launch, input_precision, layout, rows, thrice, warps
 
 
 @triton.jit
@@ -190,26 +192,69 @@ def _lora_down_bwd_kernel(
             _store_dA(da_ptr + tl.cast(R0 + R1, tl.int64) * K, acc2, c2, r0, R2, k0, K, BLOCK_K, BLOCK_R)
 
 
+@planned
+def _forward_plan(
+    M: int, K: int, ranks: tuple[int, ...], distances: tuple[int, ...], p: tuple[float, ...], itemsize: int,
+    aligned: bool, precision: str,
+) -> tuple[int, Plan]:  # fmt: skip
+    """(splits of K, the launch). distances: of the rows of x and of each A."""
+    config = configs.lora_down_forward(max(ranks), itemsize, len(ranks))
+    grid = cdiv(M, config["BLOCK_M"]), cdiv(max(ranks), config["BLOCK_R"])
+    splits, steps = configs.split_lora_down(M, K, config["BLOCK_K"], grid[0] * grid[1])
+    numbers = (M, K, *thrice(ranks, 0), steps, *_dropout(p), distances[0], *thrice(distances[1:], distances[1]))
+    return splits, Plan(
+        _lora_down_fwd_kernel, (*grid, splits), (*numbers, sum(ranks)),
+        COUNT=len(ranks), DROPOUT=any(p), PRECISION=precision, num_warps=warps(aligned), enable_fp_fusion=True,
+        **config,
+    )  # fmt: skip
+
+
 def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Sequence[Tensor | None]) -> Tensor:
     """s [M, sum R_j] in x's dtype from x [M, K] and up to three A_j [R_j, K]; key_j int32 [2] where p_j > 0."""
     x, A = rows(x), [rows(a) for a in A]
-    (M, K), ranks = x.shape, [a.shape[0] for a in A]
+    (M, K), ranks, itemsize = x.shape, tuple([a.shape[0] for a in A]), x.element_size()
     if M == 0:
         return x.new_empty(0, sum(ranks))
-    if not in_one_launch(x, A):
+    distances, aligned = layout(x, *A)
+    if not in_one_launch(len(A), itemsize, aligned):
         return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
-    config = configs.lora_down_forward(max(ranks), x.element_size(), len(A))
-    grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(max(ranks), config["BLOCK_R"])
-    splits, steps = configs.split_lora_down(M, K, config["BLOCK_K"], grid[0] * grid[1])
+    splits, launch = _forward_plan(M, K, ranks, distances, tuple(p), itemsize, aligned, input_precision())
     s = torch.empty((splits, M, sum(ranks)), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    keys, thresholds, corrections = _dropout(p, key)
-    _lora_down_fwd_kernel[(*grid, splits)](
-        x, *thrice(A, A[0]), s, *keys, M, K, *thrice(ranks, 0), steps, *thresholds, *corrections,
-        x.stride(0), *strides(A), s.stride(1),
-        COUNT=len(A), DROPOUT=any(p), PRECISION=input_precision(), num_warps=warps(x, *A), enable_fp_fusion=True,
-        **config,
-    )  # fmt: skip
+    launch(x, *thrice(A, A[0]), s, *_keys(key))
     return s[0] if splits == 1 else sum_partials(s, x.dtype)
+
+
+class _Backward(NamedTuple):
+    """Splits of M, and the launches: one, or with ranks of more than one tile dA's and dx's."""
+
+    splits: int
+    launches: tuple[Plan, ...]
+
+
+@planned
+def _backward_plan(
+    M: int, K: int, ranks: tuple[int, ...], distances: tuple[int, ...], p: tuple[float, ...], itemsize: int,
+    aligned: bool, narrows: bool, needs_dA: bool, needs_dx: bool, capability: int, precision: str,
+) -> _Backward:  # fmt: skip
+    """distances: of the rows of ds, x, dx and of each A. narrows: an A is wider than x."""
+    config = configs.lora_down_backward(capability, max(ranks), itemsize, len(ranks), aligned, needs_dx, narrows)
+    columns, steps = cdiv(K, config["BLOCK_K"]), cdiv(M, config["BLOCK_M"])
+    splits = min(steps, cdiv(configs.PROGRAMS["lora_backward"], columns))
+    rows_per_split = cdiv(steps, splits) * config["BLOCK_M"]
+    splits, rank_tiles = cdiv(M, rows_per_split), cdiv(max(ranks), config["BLOCK_R"])
+    of_ds, of_x, of_dx, *of_A = distances
+    numbers = (M, K, *thrice(ranks, 0), rows_per_split, *_dropout(p), of_ds, of_x, *thrice(of_A, of_A[0]))
+    passes = [(needs_dA, needs_dx)] if rank_tiles == 1 else [(needs_dA, False), (False, needs_dx)]
+    launches = [
+        Plan(
+            _lora_down_bwd_kernel, (columns, splits, rank_tiles if dA else 1), (*numbers, of_dx if needs_dx else 0),
+            COUNT=len(ranks), NEEDS_DA=dA, NEEDS_DX=dx, DROPOUT=any(p), PRECISION=precision,
+            num_warps=warps(aligned), enable_fp_fusion=True, **config,
+        )
+        for dA, dx in passes
+        if dA or dx
+    ]  # fmt: skip
+    return _Backward(splits, tuple(launches))
 
 
 def lora_down_group_backward(
@@ -225,48 +270,38 @@ def lora_down_group_backward(
     place, if given. ds [M, sum R_j]."""
     assert dx is None or dx.stride(1) == 1
     x, A, ds = rows(x), [rows(a) for a in A], rows(ds)
-    (M, K), ranks = x.shape, [a.shape[0] for a in A]
+    (M, K), ranks, itemsize = x.shape, tuple([a.shape[0] for a in A]), x.element_size()
     if M == 0 or K == 0:
         return [a.new_zeros(a.shape) if needs_dA else None for a in A]
-    if not in_one_launch(x, A):
+    if not in_one_launch(len(A), itemsize, layout(x, *A)[1]):
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
-    threads = warps(x, *A, x if dx is None else dx)
-    config = configs.lora_down_backward(
-        x.device, max(ranks), x.element_size(), len(A), aligned=threads == 4, needs_dx=dx is not None,
-        narrows=any(a.element_size() > x.element_size() for a in A),
+    distances, aligned = layout(x, x if dx is None else dx, *A)
+    plan = _backward_plan(
+        M, K, ranks, (ds.stride(0), *distances), tuple(p), itemsize, aligned,
+        any(a.element_size() > itemsize for a in A), needs_dA, dx is not None, configs.capability(x.device),
+        input_precision(),
     )  # fmt: skip
-    columns, steps = triton.cdiv(K, config["BLOCK_K"]), triton.cdiv(M, config["BLOCK_M"])
-    splits = min(steps, triton.cdiv(configs.PROGRAMS["lora_backward"], columns))
-    rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
-    splits = triton.cdiv(M, rows_per_split)
-    whole = splits == 1 and len(A) == 1  # nothing to add, and nothing beside it
+    whole = plan.splits == 1 and len(A) == 1  # nothing to add, and nothing beside it
     dtype = A[0].dtype if whole else torch.float32
-    partial = torch.empty((splits if needs_dA else 0, sum(ranks), K), dtype=dtype, device=x.device)
-    keys, thresholds, corrections = _dropout(p, key)
-    rank_tiles = triton.cdiv(max(ranks), config["BLOCK_R"])
-    together = rank_tiles == 1
-    for dA_pass, dx_pass in [(needs_dA, dx is not None)] if together else [(needs_dA, False), (False, dx is not None)]:
-        if dA_pass or dx_pass:
-            _lora_down_bwd_kernel[(columns, splits, rank_tiles if dA_pass else 1)](
-                ds, x, *thrice(A, A[0]), x if dx is None else dx, partial, *keys,
-                M, K, *thrice(ranks, 0), rows_per_split, *thresholds, *corrections,
-                ds.stride(0), x.stride(0), *strides(A),
-                0 if dx is None else dx.stride(0),
-                COUNT=len(A), NEEDS_DA=dA_pass, NEEDS_DX=dx_pass, DROPOUT=any(p), PRECISION=input_precision(),
-                num_warps=threads, enable_fp_fusion=True, **config,
-            )  # fmt: skip
+    partial = torch.empty((plan.splits if needs_dA else 0, sum(ranks), K), dtype=dtype, device=x.device)
+    for launch in plan.launches:
+        launch(ds, x, *thrice(A, A[0]), x if dx is None else dx, partial, *_keys(key))
     if not needs_dA:
         return [None] * len(A)
     return [partial[0]] if whole else list(sum_partials_of(partial, A))
 
 
-def _dropout(p: Sequence[float], key: Sequence[Tensor | None]) -> tuple[list, list[int], list[float]]:
-    """Keys, thresholds and corrections as the kernels take them. One without dropout is given another's key and a
-    threshold of 0, which drops nothing."""
-    any_key = next((k for k in key if k is not None), None)
-    keys = [any_key if k is None else k for k in thrice(key, None)]
-    return keys, [dropout.threshold(q) for q in thrice(p, 0.0)], [dropout.correction(q) for q in thrice(p, 0.0)]
+def _keys(key: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One without dropout is given another's key, and by `_dropout` a threshold of 0, which drops nothing."""
+    given = [k for k in key if k is not None]
+    return [given[0] if k is None else k for k in thrice(key, None)] if given else [None] * MOST
+
+
+def _dropout(p: tuple[float, ...]) -> tuple[float, ...]:
+    """Three thresholds and three corrections"""
+    p = (*p, 0.0, 0.0)[:3]
+    return (*[dropout.threshold(q) for q in p], *[dropout.correction(q) for q in p])
 
 
 def lora_down(x: Tensor, A: Tensor, p: float = 0.0, key: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import configs, tiles
 from .lora_up_add import lora_up_backward
-from .tiles import input_precision, rows, warps
+from .tiles import cdiv, input_precision, layout, rows, warps
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,10 +83,10 @@ def lora_embedding_add_(y: Tensor, ids: Tensor, A: Tensor, B: Tensor, scale: flo
     if y.numel() == 0:
         return
     config = configs.lora_embedding(R, y.element_size())
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
+    grid = (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"]))
     _lora_embedding_add_kernel[grid](
         y, ids.contiguous(), A, B, scale, M, N, R, V, y.stride(0), A.stride(0), A.stride(1), B.stride(0),
-        PRECISION=input_precision(), num_warps=warps(y, B), enable_fp_fusion=True, **config,
+        PRECISION=input_precision(), num_warps=warps(layout(y, B)[1]), enable_fp_fusion=True, **config,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def segment_sum(ds: Tensor, ids: Tensor, A: Tensor, padding_idx: int = -1) -> Te
     if ds.numel():
         sorted_ids, order = ids.sort(stable=True)
         config = configs.segment_sum(R)
-        _segment_sum_kernel[(M, triton.cdiv(R, config["BLOCK_R"]))](
+        _segment_sum_kernel[(M, cdiv(R, config["BLOCK_R"]))](
             ds.contiguous(), sorted_ids, order, dA, M, R, V, padding_idx, **config
         )
     return dA

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .lora_multi import Factors, down, gram, up
 from .segments import Groups
-from .tiles import rows
+from .tiles import power_of_2, rows
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def pieces_of(starts: Tensor, M: int, size: int) -> Tensor:
     T = starts.shape[0] - 1
     pieces = torch.zeros((M // size + T, 4), dtype=torch.int32, device=starts.device)
     _pieces_kernel[(T,)](
-        starts, pieces, T, SIZE=size, BLOCK_T=triton.next_power_of_2(T), BLOCK=32, num_warps=1, enable_fp_fusion=True
+        starts, pieces, T, SIZE=size, BLOCK_T=power_of_2(T), BLOCK=32, num_warps=1, enable_fp_fusion=True
     )
     return pieces
 

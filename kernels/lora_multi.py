@@ -33,7 +33,7 @@ from torch import Tensor
 from . import configs, dropout, tiles
 from .reduce import sum_partials
 from .segments import Constant, Drop, Groups, Segments, starts_of
-from .tiles import dropout_mask, input_precision, rows
+from .tiles import cdiv, dropout_mask, input_precision, rows
 
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # The columns of a table, int64 [T, 5].
@@ -305,7 +305,7 @@ def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
     (M, C), largest = x.shape, max(factors.ranks)
     config = configs.lora_down_multi(segments.longest, largest, x.element_size(), factors.aligned)
     pieces = segments.cut(config["BLOCK_M"], x.device)
-    tiles_of_rank = triton.cdiv(largest, config["BLOCK_R"])
+    tiles_of_rank = cdiv(largest, config["BLOCK_R"])
     splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], len(pieces) * tiles_of_rank)
     s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if len(pieces) and largest:
@@ -323,7 +323,7 @@ def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> N
     config = configs.lora_up_multi(segments.longest, max(factors.ranks), y.element_size(), factors.aligned)
     pieces, C = segments.cut(config["BLOCK_M"], y.device), y.shape[1]
     if len(pieces) and max(factors.ranks):
-        _lora_up_multi_kernel[(len(pieces), triton.cdiv(C, config["BLOCK_C"]))](
+        _lora_up_multi_kernel[(len(pieces), cdiv(C, config["BLOCK_C"]))](
             y, s, segments.order, pieces, factors.stack, factors.table, factors.keys, C, y.stride(0), s.stride(0),
             PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
         )  # fmt: skip
@@ -336,7 +336,7 @@ def gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments | Groups, dt
     config = configs.lora_gram_multi(largest, v.element_size())
     out = torch.empty(sum(factors.ranks) * C, dtype=dtype, device=v.device)
     if out.numel():
-        grid = len(factors.ranks), triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(largest, config["BLOCK_R"])
+        grid = len(factors.ranks), cdiv(C, config["BLOCK_C"]), cdiv(largest, config["BLOCK_R"])
         _lora_gram_multi_kernel[grid](
             u, v, out, segments.order, segments.starts_on(v.device), factors.table, factors.keys,
             C, u.stride(0), v.stride(0),

@@ -15,6 +15,7 @@ that has its pointers.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, tiles
+from .launch import Plan, planned
 from .reduce import sum_both, sum_partials_of
-from .tiles import in_one_launch, input_precision, rows, strides, thrice, warps
+from .tiles import cdiv, in_one_launch, input_precision, layout, rows, thrice, warps
 
 SLAB = 8192  # rows of dy per launch of the backward: bounds what is left in ds, SLAB * R * 4 bytes for every BLOCK_N
 # columns of dy: 15 MB for N = 14336, R = 16
@@ -147,27 +149,42 @@ def _lora_up_bwd_kernel(
             )  # fmt: skip
 
 
+@planned
+def _forward_plan(
+    M: int, widths: tuple[int, ...], ranks: tuple[int, ...], distances: tuple[int, ...], scale: tuple[float, ...],
+    itemsize: int, aligned: bool, precision: str,
+) -> Plan:  # fmt: skip
+    """distances: of the rows of s, of each y, of each B."""
+    config, count = configs.lora_up_forward(max(ranks), itemsize), len(ranks)
+    of_s, of_y, of_B = distances[0], distances[1 : count + 1], distances[count + 1 :]
+    return Plan(
+        _lora_up_add_fwd_kernel, (cdiv(M, config["BLOCK_M"]), cdiv(max(widths), config["BLOCK_N"]), count),
+        (*thrice(scale, 1.0), M, *thrice(widths, 0), *thrice(ranks, 0), *thrice(of_y, of_y[0]), of_s,
+         *thrice(of_B, of_B[0])),
+        COUNT=count, PRECISION=precision, num_warps=warps(aligned), enable_fp_fusion=True, **config,
+    )  # fmt: skip
+
+
 def lora_up_add_group_(
     y: Sequence[Tensor], s: Tensor, B: Sequence[Tensor], scale: Sequence[float], bias: Sequence[Tensor | None]
 ) -> None:
     """y_j [M, N_j] += bias_j + scale_j * s_j @ B_j.T, in place, for s [M, sum R_j]. The rows of y_j must be dense."""
     assert all(t.stride(1) == 1 for t in y)
     s, B = rows(s), [rows(b) for b in B]
-    M, ranks, widths = s.shape[0], [b.shape[1] for b in B], [b.shape[0] for b in B]
+    M, shapes, itemsize = s.shape[0], [b.shape for b in B], y[0].element_size()
+    widths, ranks = tuple([N for N, _ in shapes]), tuple([R for _, R in shapes])
     if M == 0 or not any(widths):
         return
-    if not in_one_launch(y[0], y):
+    if not in_one_launch(len(y), itemsize, layout(*y)[1]):
         for one in zip(y, s.split(ranks, dim=1), B, scale, bias):
             lora_up_add_(*one)
         return
     bias = [None if b is None else b.contiguous() for b in bias]
-    config = configs.lora_up_forward(max(ranks), y[0].element_size())
-    grid = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(max(widths), config["BLOCK_N"]), len(B)
-    _lora_up_add_fwd_kernel[grid](
-        *thrice(y, y[0]), s, *thrice(B, B[0]), *thrice(bias, None), *thrice(scale, 1.0), M, *thrice(widths, 0),
-        *thrice(ranks, 0), *strides(y), s.stride(0), *strides(B),
-        COUNT=len(B), PRECISION=input_precision(), num_warps=warps(*y, *B), enable_fp_fusion=True, **config,
-    )  # fmt: skip
+    distances, aligned = layout(*y, *B)
+    launch = _forward_plan(
+        M, widths, ranks, (s.stride(0), *distances), tuple(scale), itemsize, aligned, input_precision()
+    )
+    launch(*thrice(y, y[0]), s, *thrice(B, B[0]), *thrice(bias, None))
 
 
 def lora_up_group_backward(
@@ -186,42 +203,74 @@ def lora_up_group_backward(
         return None if ds is None else ds.zero_(), [b.new_zeros(b.shape) if needs_dB else None for b in B]
     sums: list[Tensor] = []
     for start in range(0, M, SLAB):
-        slab = slice(start, min(start + SLAB, M))
-        of_ds, partial, columns = _first_stage(
-            [t[slab] for t in dy], s[slab], B, scale, ds if ds is None else ds[slab], needs_dB
-        )
-        like, before = B if slab.stop == M else [partial[0]], sums[0] if sums else None
-        if ds is not None and of_ds.dim() == 3:
-            sums = sum_both(of_ds, ds[slab], columns, ranks, partial, like if needs_dB else [partial], before)
+        some_s, some_ds = _slab(s, start), None if ds is None else _slab(ds, start)
+        some_dy = [_slab(t, start) for t in dy]
+        of_ds, partial, columns = _first_stage(some_dy, some_s, B, tuple(scale), some_ds, needs_dB)
+        like, before = B if start + SLAB >= M else [partial[0]], sums[0] if sums else None
+        if some_ds is not None and of_ds.dim() == 3:
+            sums = sum_both(of_ds, some_ds, columns, ranks, partial, like if needs_dB else [partial], before)
         elif needs_dB:
             sums = sum_partials_of(partial, like, before)
     return ds, list(sums) if needs_dB else [None] * len(B)
 
 
+def _slab(t: Tensor, start: int) -> Tensor:
+    return t if t.shape[0] <= SLAB else t[start : start + SLAB]
+
+
+class _FirstStage(NamedTuple):
+    """It leaves partials of the dB_j [splits, numel], and of the ds_j [sum(columns), M, largest R_j], or ds itself."""
+
+    columns: tuple[int, ...]  # programs along each dy
+    splits: int  # of M
+    launch: Plan
+
+
+@planned
+def _first_stage_plan(
+    M: int, widths: tuple[int, ...], ranks: tuple[int, ...], distances: tuple[int, ...], scale: tuple[float, ...],
+    itemsize: int, aligned: bool, needs_ds: bool, needs_dB: bool, precision: str,
+) -> _FirstStage:  # fmt: skip
+    """distances: of the rows of s, of ds where it is needed, of each B, of each dy. aligned: the dy."""
+    config, count = configs.lora_up_backward(max(ranks), itemsize, aligned), len(ranks)
+    columns, steps = tuple([cdiv(N, config["BLOCK_N"]) for N in widths]), cdiv(M, config["BLOCK_M"])
+    splits = min(steps, cdiv(configs.PROGRAMS["lora_backward"], sum(columns))) if needs_dB else steps
+    rows_per_split = cdiv(steps, splits) * config["BLOCK_M"]
+    splits, rank_tiles = cdiv(M, rows_per_split), cdiv(max(ranks), config["BLOCK_R"])
+    of_s, of_ds, of_B, of_dy = distances[0], distances[1], distances[2 : count + 2], distances[count + 2 :]
+    offsets = [ranks[0], sum(ranks[:2])]
+    numel = sum([N * R for N, R in zip(widths, ranks)])
+    if not needs_ds:
+        of_ds = numel  # not read
+    elif any(programs != 1 for programs in columns):
+        of_ds, offsets = max(ranks), [programs * M * max(ranks) for programs in (columns[0], sum(columns[:2]))]
+    launch = Plan(
+        _lora_up_bwd_kernel, (max(columns), splits * rank_tiles, count),
+        (*thrice(scale, 1.0), M, numel, *thrice(widths, 0), *thrice(ranks, 0), rows_per_split, rank_tiles,
+         *thrice(of_dy, of_dy[0]), of_s, *thrice(of_B, of_B[0]), of_ds, *offsets),
+        COUNT=count, NEEDS_DS=needs_ds, NEEDS_DB=needs_dB, PRECISION=precision, enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    return _FirstStage(columns, splits, launch)
+
+
 def _first_stage(
-    dy: list[Tensor], s: Tensor, B: list[Tensor], scale: Sequence[float], ds: Tensor | None, needs_dB: bool
-) -> tuple[Tensor, Tensor, list[int]]:
-    """(ds [M, sum R_j], or partials of the ds_j [sum of columns, M, largest R_j]; partials of the dB_j [splits, numel];
-    columns, the number of programs along each dy)."""
-    M, ranks, numel = s.shape[0], [b.shape[1] for b in B], sum(b.numel() for b in B)
-    config = configs.lora_up_backward(max(ranks), s.element_size(), aligned=warps(*dy) == 4)
-    columns, steps = [triton.cdiv(b.shape[0], config["BLOCK_N"]) for b in B], triton.cdiv(M, config["BLOCK_M"])
-    splits = min(steps, triton.cdiv(configs.PROGRAMS["lora_backward"], sum(columns))) if needs_dB else steps
-    rows_per_split = triton.cdiv(steps, splits) * config["BLOCK_M"]
-    splits, rank_tiles = triton.cdiv(M, rows_per_split), triton.cdiv(max(ranks), config["BLOCK_R"])
+    dy: list[Tensor], s: Tensor, B: list[Tensor], scale: tuple[float, ...], ds: Tensor | None, needs_dB: bool
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """(ds [M, sum R_j], or partials of the ds_j; partials of the dB_j; columns): see _FirstStage."""
+    M, shapes = s.shape[0], [b.shape for b in B]
+    widths, ranks = tuple([N for N, _ in shapes]), tuple([R for _, R in shapes])
+    of_dy, aligned = layout(*dy)
+    distances = (s.stride(0), 0 if ds is None else ds.stride(0), *[b.stride(0) for b in B], *of_dy)
+    columns, splits, launch = _first_stage_plan(
+        M, widths, ranks, distances, scale, s.element_size(), aligned, ds is not None, needs_dB, input_precision()
+    )
+    numel = sum([N * R for N, R in shapes])
     partial = torch.empty((splits if needs_dB else 0, numel), dtype=torch.float32, device=s.device)
-    of_ds, offsets = partial if ds is None else ds, [ranks[0], sum(ranks[:2])]
+    of_ds = partial if ds is None else ds
     # With one program along each dy there is nothing to add. A dy without columns has none: its ds is a sum of nothing.
     if ds is not None and any(programs != 1 for programs in columns):
         of_ds = torch.empty((sum(columns), M, max(ranks)), dtype=torch.float32, device=s.device)
-        offsets = [programs * M * max(ranks) for programs in (columns[0], sum(columns[:2]))]
-    _lora_up_bwd_kernel[(max(columns), splits * rank_tiles, len(B))](
-        *thrice(dy, dy[0]), s, *thrice(B, B[0]), of_ds, partial,
-        *thrice(scale, 1.0), M, numel, *thrice([b.shape[0] for b in B], 0), *thrice(ranks, 0), rows_per_split,
-        rank_tiles, *strides(dy), s.stride(0), *strides(B), of_ds.stride(-2), *offsets,
-        COUNT=len(B), NEEDS_DS=ds is not None, NEEDS_DB=needs_dB, PRECISION=input_precision(), enable_fp_fusion=True,
-        **config,
-    )  # fmt: skip
+    launch(*thrice(dy, dy[0]), s, *thrice(B, B[0]), of_ds, partial)
     return of_ds, partial, columns
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from . import configs
 from .glu import activation_and_slope, glu
+from .launch import Plan, planned
 from .lora_up_add import lora_up_add_group_
-from .tiles import in_one_launch, input_precision, rows
+from .tiles import cdiv, in_one_launch, input_precision, layout, rows
 
 
 @triton.jit
@@ -65,6 +66,20 @@ def _lora_up_glu_kernel(
     tl.store(h_ptr + m * stride_h_m + n[None, :], act * u.to(tl.float32), mask=inside)
 
 
+@planned
+def _plan(
+    M: int, F: int, ranks: tuple[int, ...], distances: tuple[int, ...], scale: tuple[float, ...], activation: str,
+    keep: bool, precision: str,
+) -> Plan:  # fmt: skip
+    """distances: of the rows of g, u, h, s, B_g, B_u."""
+    config = configs.lora_up_glu(max(ranks))
+    return Plan(
+        _lora_up_glu_kernel, (cdiv(M, config["BLOCK_M"]), cdiv(F, config["BLOCK_N"])),
+        (*scale, M, F, *ranks, *distances),
+        ACTIVATION=activation, KEEP=keep, PRECISION=precision, enable_fp_fusion=True, **config,
+    )  # fmt: skip
+
+
 def lora_up_glu(
     g: Tensor, u: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], activation: str, keep: bool = True
 ) -> Tensor:
@@ -73,17 +88,13 @@ def lora_up_glu(
     With `keep`, g and u are what they became, in place; without, h lies over g and u is left alone.
     """
     assert g.stride(1) == u.stride(1) == 1
-    s, B, (M, F), ranks = rows(s), [rows(b) for b in B], g.shape, [b.shape[1] for b in B]
+    s, B, (M, F), ranks = rows(s), [rows(b) for b in B], g.shape, tuple([b.shape[1] for b in B])
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if keep else g
     if not h.numel():
         return h
-    if not in_one_launch(g, [g, u]):
+    if not in_one_launch(2, g.element_size(), layout(g, u)[1]):
         lora_up_add_group_([g, u], s, B, scale, [None, None])
         return glu(g, u, activation, out=h)
-    config = configs.lora_up_glu(max(ranks))
-    _lora_up_glu_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(F, config["BLOCK_N"]))](
-        g, u, h, s, *B, *scale, M, F, *ranks,
-        g.stride(0), u.stride(0), h.stride(0), s.stride(0), *[b.stride(0) for b in B],
-        ACTIVATION=activation, KEEP=keep, PRECISION=input_precision(), enable_fp_fusion=True, **config,
-    )  # fmt: skip
+    launch = _plan(M, F, ranks, layout(g, u, h, s, *B)[0], tuple(scale), activation, keep, input_precision())
+    launch(g, u, h, s, *B)
     return h

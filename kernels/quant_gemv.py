@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_fast.quant.weight import QuantizedWeight
+from peft_fast.quant.weight import Format, QuantizedWeight
 
 from . import autotune, configs, decode
+from .launch import Plan, planned
 from .reduce import sum_partials
-from .tiles import rows, warps
+from .tiles import cdiv, layout, power_of_2, rows
 
 MAX_M = 8  # beyond, the products outweigh the decoding, and tl.dot's smallest tile, 16, is half full
 
@@ -80,25 +81,38 @@ def quant_gemv(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, s: Tensor | None, B: Tensor | None, scale: float
 ) -> Tensor:
     """y [M, N] in x's dtype, for 0 <= M <= MAX_M."""
-    x, (N, K) = rows(x), weight.shape
+    x, N = rows(x), weight.shape[0]
     M = x.shape[0]
     s, B = (None, None) if s is None or B is None else (s.contiguous(), rows(B))
     R = 0 if B is None else B.shape[1]
     if M * N == 0:
         return x.new_empty(M, N)
 
+    of_x, aligned = layout(x)
+    distances = (*of_x, 0 if B is None else B.stride(0))
+    facts = (weight.format, decode.is_aligned(weight), M, R, distances, scale, bias is not None)
+
     def launch(config: dict) -> Tensor:
-        columns = triton.cdiv(N, config["BLOCK_N"])
-        splits, steps = configs.split("gemv", K, config["BLOCK_K"], columns)
+        splits, run = _plan(*facts, tuple(config.items()))
         y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-        _quant_gemv_kernel[(columns, splits)](
-            *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
-            scale, M, N, K, R, steps, x.stride(0), 0 if B is None else B.stride(0),
-            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-            HAS_BIAS=bias is not None, HAS_LORA=B is not None, enable_fp_fusion=False, **config,
-        )  # fmt: skip
+        run(*decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B)
         return y if splits == 1 else sum_partials(y, x.dtype)
 
-    candidates = configs.quant_gemv(x.device, M, warps(x) == 4)
-    tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
-    return launch(autotune.pick("quant_gemv", tuned_for, candidates, launch, x.device))
+    candidates = configs.quant_gemv(configs.capability(x.device), M, aligned)
+    return launch(autotune.pick("quant_gemv", (weight.format, x.dtype, power_of_2(M), R), candidates, launch, x.device))
+
+
+@planned
+def _plan(
+    fmt: Format, aligned: bool, M: int, R: int, distances: tuple[int, int], scale: float, has_bias: bool,
+    config: tuple[tuple[str, int], ...],
+) -> tuple[int, Plan]:  # fmt: skip
+    """(splits of K, the launch). aligned: the weight. distances: of the rows of x and B."""
+    tile = dict(config)
+    columns = cdiv(fmt.N, tile["BLOCK_N"])
+    splits, steps = configs.split("gemv", fmt.K, tile["BLOCK_K"], columns)
+    return splits, Plan(
+        _quant_gemv_kernel, (columns, splits), (scale, M, fmt.N, fmt.K, R, steps, *distances),
+        **decode.tile_constants(fmt, aligned, tile["BLOCK_N"], tile["BLOCK_K"]),
+        HAS_BIAS=has_bias, HAS_LORA=R > 0, enable_fp_fusion=False, **tile,
+    )  # fmt: skip

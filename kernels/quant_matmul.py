@@ -21,8 +21,9 @@ from torch import Tensor
 from peft_fast.quant.weight import Format, QuantizedWeight
 
 from . import autotune, configs, decode, dropout, quant_gemv, tiles
+from .launch import Plan, planned
 from .reduce import sum_partials
-from .tiles import dropout_mask, input_precision, rows
+from .tiles import cdiv, dropout_mask, input_precision, layout, power_of_2, rows
 
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
@@ -113,7 +114,7 @@ def quant_matmul(
     scale: float = 1.0,
 ) -> Tensor:
     """y [M, N] in x's dtype; s [M, R] and B [N, R] for LoRA's part."""
-    x, (N, K) = rows(x), weight.shape
+    x, N = rows(x), weight.shape[0]
     M = x.shape[0]
     assert M == 0 or why_not(weight.format, x.dtype, configs.capability(x.device), M) is None
     if M <= quant_gemv.MAX_M:
@@ -123,22 +124,35 @@ def quant_matmul(
     if M * N == 0:
         return x.new_empty(M, N)
 
+    distances = (x.stride(0), 0 if B is None else B.stride(0))
+    whole_words, cc = decode.is_aligned(weight), configs.capability(x.device)
+    facts = (weight.format, whole_words, M, R, distances, scale, bias is not None, B is not None, input_precision())
+
     def launch(config: dict) -> Tensor:
-        grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))
-        splits, steps = configs.split("gemm", K, config["BLOCK_K"], grid[0] * grid[1])
+        splits, run = _plan(*facts, tuple(config.items()))
         y = x.new_empty(M, N) if splits == 1 else torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-        _quant_matmul_kernel[(*grid, splits)](
-            *decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B,
-            scale, M, N, K, R, steps, x.stride(0), 0 if B is None else B.stride(0),
-            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-            HAS_BIAS=bias is not None, HAS_LORA=B is not None, PRECISION=input_precision(),
-            enable_fp_fusion=False, **config,
-        )  # fmt: skip
+        run(*decode.pointers(weight), x, y, None if bias is None else bias.contiguous(), s, B)
         return y if splits == 1 else sum_partials(y, x.dtype)
 
-    candidates = configs.quant_matmul(x.device, M, x.element_size(), _aligned(x, N, weight))
-    tuned_for = (weight.format, x.dtype, triton.next_power_of_2(M), R)
+    candidates = configs.quant_matmul(cc, M, x.element_size(), _aligned(x, N, whole_words))
+    tuned_for = (weight.format, x.dtype, power_of_2(M), R)
     return launch(autotune.pick("quant_matmul", tuned_for, candidates, launch, x.device))
+
+
+@planned
+def _plan(
+    fmt: Format, whole_words: bool, M: int, R: int, distances: tuple[int, int], scale: float, has_bias: bool,
+    has_lora: bool, precision: str, config: tuple[tuple[str, int], ...],
+) -> tuple[int, Plan]:  # fmt: skip
+    """(splits of K, the launch). distances: of the rows of x and B."""
+    tile = dict(config)
+    grid = cdiv(M, tile["BLOCK_M"]), cdiv(fmt.N, tile["BLOCK_N"])
+    splits, steps = configs.split("gemm", fmt.K, tile["BLOCK_K"], grid[0] * grid[1])
+    return splits, Plan(
+        _quant_matmul_kernel, (*grid, splits), (scale, M, fmt.N, fmt.K, R, steps, *distances),
+        **decode.tile_constants(fmt, whole_words, tile["BLOCK_N"], tile["BLOCK_K"]),
+        HAS_BIAS=has_bias, HAS_LORA=has_lora, PRECISION=precision, enable_fp_fusion=False, **tile,
+    )  # fmt: skip
 
 
 def quant_matmul_dx(
@@ -150,7 +164,7 @@ def quant_matmul_dx(
     key: Tensor | None = None,
 ) -> Tensor:
     """dx [M, K] in dy's dtype; ds [M, R] and A [R, K] for LoRA's part, `key` int32 [2] where p > 0."""
-    dy, (N, K) = rows(dy), weight.shape
+    dy, K = rows(dy), weight.shape[1]
     M = dy.shape[0]
     assert M == 0 or why_not_dx(weight.format, dy.dtype, configs.capability(dy.device)) is None
     ds, A = (None, None) if ds is None or A is None else (ds.contiguous(), rows(A))
@@ -158,28 +172,41 @@ def quant_matmul_dx(
     if M * K == 0:
         return dy.new_empty(M, K)
 
+    distances = (dy.stride(0), 0 if A is None else A.stride(0))
+    whole_words, cc = decode.is_aligned(weight), configs.capability(dy.device)
+    facts = (weight.format, whole_words, M, R, distances, p, A is not None, input_precision())
+
     def launch(config: dict) -> Tensor:
-        grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(K, config["BLOCK_K"]))
-        splits, steps = configs.split("gemm", N, config["BLOCK_N"], grid[0] * grid[1])
+        splits, run = _dx_plan(*facts, tuple(config.items()))
         dx = dy.new_empty(M, K) if splits == 1 else torch.empty(splits, M, K, dtype=torch.float32, device=dy.device)
-        _quant_matmul_dx_kernel[(*grid, splits)](
-            *decode.pointers(weight), dy, dx, ds, A, key,
-            M, N, K, R, steps, dropout.threshold(p), dropout.correction(p),
-            dy.stride(0), 0 if A is None else A.stride(0),
-            **decode.tile_constants(weight, config["BLOCK_N"], config["BLOCK_K"]),
-            HAS_LORA=A is not None, DROPOUT=p > 0, PRECISION=input_precision(),
-            enable_fp_fusion=False, **config,
-        )  # fmt: skip
+        run(*decode.pointers(weight), dy, dx, ds, A, key)
         return dx if splits == 1 else sum_partials(dx, dy.dtype)
 
-    candidates = configs.quant_matmul(dy.device, M, dy.element_size(), _aligned(dy, K, weight))
-    tuned_for = (weight.format, dy.dtype, triton.next_power_of_2(M), R, p > 0)
+    candidates = configs.quant_matmul(cc, M, dy.element_size(), _aligned(dy, K, whole_words))
+    tuned_for = (weight.format, dy.dtype, power_of_2(M), R, p > 0)
     return launch(autotune.pick("quant_matmul_dx", tuned_for, candidates, launch, dy.device))
 
 
-def _aligned(x: Tensor, columns: int, weight: QuantizedWeight) -> bool:
+@planned
+def _dx_plan(
+    fmt: Format, whole_words: bool, M: int, R: int, distances: tuple[int, int], p: float, has_lora: bool,
+    precision: str, config: tuple[tuple[str, int], ...],
+) -> tuple[int, Plan]:  # fmt: skip
+    """(splits of N, the launch). distances: of the rows of dy and A."""
+    tile = dict(config)
+    grid = cdiv(M, tile["BLOCK_M"]), cdiv(fmt.K, tile["BLOCK_K"])
+    splits, steps = configs.split("gemm", fmt.N, tile["BLOCK_N"], grid[0] * grid[1])
+    return splits, Plan(
+        _quant_matmul_dx_kernel, (*grid, splits),
+        (M, fmt.N, fmt.K, R, steps, dropout.threshold(p), dropout.correction(p), *distances),
+        **decode.tile_constants(fmt, whole_words, tile["BLOCK_N"], tile["BLOCK_K"]),
+        HAS_LORA=has_lora, DROPOUT=p > 0, PRECISION=precision, enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+
+
+def _aligned(x: Tensor, columns: int, whole_words: bool) -> bool:
     """Whether activations and weight are loaded several elements at a time. `columns`: of the output."""
-    return tiles.warps(x) == 4 and columns % 16 == 0 and decode.is_aligned(weight)
+    return layout(x)[1] and columns % 16 == 0 and whole_words
 
 
 def why_not(fmt: Format, dtype: torch.dtype, capability: int, M: int) -> str | None:

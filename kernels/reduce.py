@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import thrice
+from .launch import Plan, planned
+from .tiles import cdiv, thrice
 
 DEPTH = 8  # partials that a program loads before it adds them
 
@@ -117,28 +118,38 @@ def sum_both(
     fp32 partials of_rows [sum of counts, M, largest width]: the first counts[0] are of the first widths[0] columns, ...
     """
     outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
-    numel, config = sum(t.numel() for t in outs), configs.SUM_PARTIALS
-    programs = triton.cdiv(out.numel(), config["BLOCK"])
-    offsets = [count * of_rows[0].numel() for count in (counts[0], sum(counts[:2]))]
-    _sum_both_kernel[(programs + triton.cdiv(numel, config["BLOCK"]),)](
-        of_rows, out, partial, start, *thrice(outs, outs[0]),
-        programs, out.shape[0], max(counts), *thrice(counts, 0), out.shape[1], widths[0], sum(widths[:2]),
-        *offsets, of_rows.shape[2], partial.shape[0], numel, *_ends(outs),
-        DEPTH=DEPTH, COUNT=len(outs), HAS_START=start is not None, **config,
-    )  # fmt: skip
+    numels = tuple([t.numel() for t in outs])
+    launch = _both_plan(out.shape[0], tuple(counts), tuple(widths), partial.shape[0], numels, start is not None)
+    launch(of_rows, out, partial, start, *thrice(outs, outs[0]))
     return outs
 
 
-def _ends(outs: list[Tensor]) -> tuple[int, int]:
-    end0 = outs[0].numel()
-    return end0, end0 + (outs[1].numel() if len(outs) > 1 else 0)
+@planned
+def _both_plan(
+    M: int, counts: tuple[int, ...], widths: tuple[int, ...], P: int, numels: tuple[int, ...], has_start: bool
+) -> Plan:
+    block, columns, width = configs.SUM_PARTIALS["BLOCK"], sum(widths), max(widths)
+    programs, offsets = cdiv(M * columns, block), [count * M * width for count in (counts[0], sum(counts[:2]))]
+    numbers = (programs, M, max(counts), *thrice(counts, 0), columns, widths[0], sum(widths[:2]), *offsets, width)
+    return Plan(
+        _sum_both_kernel, (programs + cdiv(sum(numels), block),), (*numbers, P, sum(numels), *_ends(numels)),
+        DEPTH=DEPTH, COUNT=len(numels), HAS_START=has_start, **configs.SUM_PARTIALS,
+    )  # fmt: skip
+
+
+def _ends(numels: Sequence[int]) -> tuple[int, int]:
+    return numels[0], sum(numels[:2])
 
 
 def _launch(partial: Tensor, start: Tensor | None, outs: list[Tensor], root: bool) -> None:
-    numel, config = sum(out.numel() for out in outs), configs.SUM_PARTIALS
-    if not numel:
-        return
-    _sum_partials_kernel[(triton.cdiv(numel, config["BLOCK"]),)](
-        partial, start, *thrice(outs, outs[0]), partial.shape[0], numel, *_ends(outs),
-        DEPTH=DEPTH, COUNT=len(outs), HAS_START=start is not None, ROOT=root, **config,
+    numels = tuple([out.numel() for out in outs])
+    if any(numels):
+        _plan(partial.shape[0], numels, start is not None, root)(partial, start, *thrice(outs, outs[0]))
+
+
+@planned
+def _plan(P: int, numels: tuple[int, ...], has_start: bool, root: bool) -> Plan:
+    return Plan(
+        _sum_partials_kernel, (cdiv(sum(numels), configs.SUM_PARTIALS["BLOCK"]),), (P, sum(numels), *_ends(numels)),
+        DEPTH=DEPTH, COUNT=len(numels), HAS_START=has_start, ROOT=root, **configs.SUM_PARTIALS,
     )  # fmt: skip

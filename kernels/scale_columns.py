@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .launch import Plan, planned
 from .reduce import sum_partials
-from .tiles import rows
+from .tiles import cdiv, rows
 
 FORWARD = dict(BLOCK=1024, num_warps=4, enable_fp_fusion=True)  # elements of a row, as in glu.py
 # 16 elements a thread of two matrices: 16 bytes a load where they are 16 bits wide. A slab of 64 rows leaves a sum of
@@ -68,10 +69,14 @@ def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tens
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     if y.numel():
         bias = None if bias is None else bias.contiguous()
-        _scale_columns_fwd_kernel[(M * triton.cdiv(N, FORWARD["BLOCK"]),)](
-            z, factor.contiguous(), bias, y, N, z.stride(0), HAS_BIAS=bias is not None, **FORWARD
-        )
+        _forward_plan(M, N, z.stride(0), bias is not None)(z, factor.contiguous(), bias, y)
     return y
+
+
+@planned
+def _forward_plan(M: int, N: int, of_z: int, has_bias: bool) -> Plan:
+    grid = (M * cdiv(N, FORWARD["BLOCK"]),)
+    return Plan(_scale_columns_fwd_kernel, grid, (N, of_z), HAS_BIAS=has_bias, **FORWARD)
 
 
 def scale_columns_backward(
@@ -80,14 +85,23 @@ def scale_columns_backward(
     """dz [M, N] in dy's dtype and dfactor [N] in fp32, each None where it is not needed."""
     dy, z, factor, (M, N) = rows(dy), rows(z), factor.contiguous(), dy.shape
     dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_dz else None
-    slabs = triton.cdiv(M, BACKWARD["BLOCK_M"] * BACKWARD["STEPS"])
+    slabs = _slabs(M)
     partial = factor.new_empty((slabs, 1, N)) if needs_dfactor else None
     if dy.numel() and (needs_dz or needs_dfactor):
-        _scale_columns_bwd_kernel[(slabs, triton.cdiv(N, BACKWARD["BLOCK_N"]))](
-            dy, z, factor, dz, partial, M, N, dy.stride(0), z.stride(0),
-            NEEDS_DZ=needs_dz, NEEDS_DFACTOR=needs_dfactor, **BACKWARD,
-        )  # fmt: skip
+        launch = _backward_plan(M, N, dy.stride(0), z.stride(0), needs_dz, needs_dfactor)
+        launch(dy, z, factor, dz, partial)
     return dz, None if partial is None else sum_partials(partial, torch.float32)[0]
+
+
+@planned
+def _backward_plan(M: int, N: int, of_dy: int, of_z: int, needs_dz: bool, needs_dfactor: bool) -> Plan:
+    grid = _slabs(M), cdiv(N, BACKWARD["BLOCK_N"])
+    constants = dict(NEEDS_DZ=needs_dz, NEEDS_DFACTOR=needs_dfactor, **BACKWARD)
+    return Plan(_scale_columns_bwd_kernel, grid, (M, N, of_dy, of_z), **constants)
+
+
+def _slabs(M: int) -> int:
+    return cdiv(M, BACKWARD["BLOCK_M"] * BACKWARD["STEPS"])
 
 
 def why_not(dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:

@@ -27,6 +27,16 @@ def dropout_mask(key_ptr, rows, pairs, PAIRS, threshold):
     return tl.interleave((x & 0xFFFF).to(tl.int32), (x >> 16).to(tl.int32)) >= threshold
 
 
+def cdiv(length: int, block: int) -> int:
+    """How many blocks cover the length. triton.cdiv, for use inside kernels too, takes 1.6 us on the host."""
+    return -(-length // block)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1, without the 1.5 us of triton.next_power_of_2."""
+    return 1 << (n - 1).bit_length()
+
+
 def input_precision() -> str:
     """How tl.dot multiplies fp32: "tf32" where the user allows it to torch's own matmul, else "ieee"."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -35,7 +45,7 @@ def input_precision() -> str:
 def rank_block(R: int, itemsize: int) -> int:
     """The tile along R: a power of two, at least the 16 that tl.dot needs. Larger ranks take several tiles: wider ones
     spill registers in the backward kernels, fp32 ones sooner (bench/compile.py)."""
-    return min(max(16, triton.next_power_of_2(R)), 64 if itemsize == 2 else 16)
+    return min(max(16, power_of_2(R)), 64 if itemsize == 2 else 16)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -48,12 +58,20 @@ def why_not(name: str, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"{name} is {dtype}, the kernels take float32, float16 and bfloat16"
 
 
-def warps(*tensors: Tensor) -> int:
-    """8 where a row of these matrices does not start at a multiple of 16 elements, else 4.
+def layout(*tensors: Tensor) -> tuple[tuple[int, ...], bool]:
+    """(How far apart the rows of each matrix lie, whether all rows of all start at multiples of 16 elements.)"""
+    distances, bits = [], 0
+    for tensor in tensors:
+        distance = tensor.stride(0)
+        distances.append(distance)
+        bits |= distance | tensor.data_ptr()
+    return tuple(distances), bits % 16 == 0
 
-    Triton then loads element by element and keeps one address for each: spread over 8 warps they fit the registers.
-    """
-    return 4 if all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors) else 8
+
+def warps(aligned: bool) -> int:
+    """For matrices as `layout` has found them. Triton loads what is not aligned element by element and keeps an address
+    for each: spread over 8 warps they fit the registers."""
+    return 4 if aligned else 8
 
 
 MOST = 3  # adapters in one launch, as many as q, k and v have: kernels have that many pointers of each kind
@@ -64,12 +82,7 @@ def thrice(values: Sequence, filler: object) -> list:
     return [*values, *[filler] * (MOST - len(values))]
 
 
-def strides(matrices: Sequence[Tensor]) -> list[int]:
-    """How far apart the rows of each lie, the first's for the missing ones."""
-    return thrice([t.stride(0) for t in matrices], matrices[0].stride(0))
-
-
-def in_one_launch(x: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether these adapters may share a launch: several need the registers that tiles of fp32, or the addresses of
+def in_one_launch(count: int, itemsize: int, aligned: bool) -> bool:
+    """Whether so many adapters may share a launch: several need the registers that tiles of fp32, or the addresses of
     single elements, take too."""
-    return len(others) == 1 or (x.element_size() == 2 and warps(x, *others) == 4)
+    return count == 1 or (itemsize == 2 and aligned)

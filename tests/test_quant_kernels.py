@@ -228,11 +228,13 @@ def test_configurations_follow_the_capability():
     cpu = torch.device("cpu")
     with configs.target(89):
         assert configs.capability(cpu) == 89
-        assert configs.quant_matmul(cpu, 64, 2, True)[0]["num_stages"] == configs.GEMM_STAGES[86]
+        assert configs.quant_matmul(configs.capability(cpu), 64, 2, True)[0]["num_stages"] == configs.GEMM_STAGES[86]
         with configs.target(90):
-            assert configs.dequantize(cpu, 1 << 16)["BLOCK"] == 8192
-            assert configs.dequantize(cpu, 3 << 12)["BLOCK"] == 4096  # an odd number of half programs
-    assert configs.dequantize(cpu, 1 << 16)["BLOCK"] == 4096
+            assert configs.dequantize(configs.capability(cpu), 1 << 16)["BLOCK"] == 8192
+            assert (
+                configs.dequantize(configs.capability(cpu), 3 << 12)["BLOCK"] == 4096
+            )  # an odd number of half programs
+    assert configs.dequantize(configs.capability(cpu), 1 << 16)["BLOCK"] == 4096
 
 
 @pytest.mark.parametrize(("length", "tiles"), [(4096, 1), (4096, 300), (64, 1), (65, 1), (1000, 7), (0, 1)])

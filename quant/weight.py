@@ -18,7 +18,7 @@ Both layouts are bitsandbytes' own, so its weights are read in place: see bitsan
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,7 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         return self.data.device
 
-    @cached_property
+    @property
     def format(self) -> Format:
         return Format(
             self.quant_type, *self.shape, self.blocksize, self.dtype, self.nested.blocksize if self.nested else 0
@@ -95,7 +95,7 @@ class QuantizedWeight:
 
     @property
     def bits(self) -> int:
-        return self.format.bits
+        return 8 if self.quant_type == INT8 else 4
 
     @property
     def nbytes(self) -> int:

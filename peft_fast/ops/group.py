@@ -19,7 +19,7 @@ from peft_fast.dispatch import Backend, Route
 
 from . import norm, plain
 from .checks import check_floating
-from .library import apply, autocasting, define, product_dtype, resolve, resolve_route, weight_shape
+from .library import apply, autocasting, cast, define, product_dtype, resolve, resolve_route, weight_shape
 from .projection import (
     GRADIENTS,
     LEADING,
@@ -61,7 +61,7 @@ def _forward(
     route: Route,
 ) -> list[Tensor]:
     """y_j [M, N_j] of each layer and then s [M, sum R_j], all in `dtype`."""
-    y, s = forward_together(x.to(dtype), layers(split(tensors, counts), fmts, scales, ps, trained, backend, route))
+    y, s = forward_together(cast(x, dtype), layers(split(tensors, counts), fmts, scales, ps, trained, backend, route))
     return [*y, s]
 
 
@@ -93,8 +93,8 @@ def _backward(
     products are taken in s's dtype, as in the forward."""
     parts = layers(split(tensors, counts), fmts, scales, ps, trained, backend, route)
     of_each = split(needs[1:], [GRADIENTS] * len(parts))
-    dx, grads = backward_together(dy, x.to(s.dtype), s, parts, needs[0], of_each)
-    found = [None if dx is None else dx.to(x.dtype), *(grad for part in grads for grad in part)]
+    dx, grads = backward_together(dy, cast(x, s.dtype), s, parts, needs[0], of_each)
+    found = [None if dx is None else cast(dx, x.dtype), *(grad for part in grads for grad in part)]
     return [x.new_empty(0) if grad is None else grad for grad in found]
 
 

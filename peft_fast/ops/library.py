@@ -10,7 +10,6 @@ without gradients without the autograd.Function: a small layer's forward takes 4
 62 and not 75 (one thread of an EPYC).
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -43,14 +42,14 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         @functools.wraps(implementation)
         def run(*args):
             device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
-            on_gpu = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return run(*args)
             if not autocasting(device.type):
-                with on_gpu:
-                    return implementation(*args)
+                return implementation(*args)
             torch.set_autocast_enabled(device.type, False)  # entering torch.autocast takes 4 us
             try:
-                with on_gpu:
-                    return implementation(*args)
+                return implementation(*args)
             finally:
                 torch.set_autocast_enabled(device.type, True)
 
@@ -125,7 +124,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast prescribes for matrix products, differentiably; x itself where autocast is off."""
-    return x.to(product_dtype(x))
+    return cast(x, product_dtype(x))
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes 0.9 us to find that nothing is to be done."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def autocasting(device_type: str) -> bool:

@@ -16,7 +16,18 @@ from peft_fast.quant.weight import QuantizedWeight
 
 from . import norm, plain, routes
 from .checks import check_bias, check_device, check_dropout, check_floating
-from .library import apply, autocasting, define, flatten, product_dtype, resolve, resolve_route, unflatten, weight_shape
+from .library import (
+    apply,
+    autocasting,
+    cast,
+    define,
+    flatten,
+    product_dtype,
+    resolve,
+    resolve_route,
+    unflatten,
+    weight_shape,
+)
 
 
 def _forward_fake(x, weight, fmt, bias, A, B, scale, p, key, dtype, trained, backend, route):
@@ -46,7 +57,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) in `dtype`."""
     lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, trained, backend, route)
-    return routes.forward(x.to(dtype), bias, lora)
+    return routes.forward(cast(x, dtype), bias, lora)
 
 
 def _backward_fake(dy, x, s, weight, fmt, A, B, scale, p, key, needs, trained, backend, route):
@@ -78,8 +89,8 @@ def _backward(
     """(dx [M, K] in x's dtype, dA [R, K], dB [N, R]); an empty tensor for each that `needs` = (x, A, B) does not ask
     for. The products are taken in s's dtype, as in the forward."""
     lora = routes.Lora(unflatten(weight, fmt), A, B, scale, p, key, trained, backend, route)
-    dx, dA, dB = routes.backward(dy, x.to(s.dtype), s, lora, (needs[0], needs[1], needs[2]))
-    dx = None if dx is None else dx.to(x.dtype)
+    dx, dA, dB = routes.backward(dy, cast(x, s.dtype), s, lora, (needs[0], needs[1], needs[2]))
+    dx = None if dx is None else cast(dx, x.dtype)
     return tuple(t.new_empty(0) if g is None else g for g, t in ((dx, x), (dA, A), (dB, B)))  # type: ignore[return-value]
 
 

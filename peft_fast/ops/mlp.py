@@ -23,6 +23,7 @@ from .glu import ACTIVATIONS, GLU
 from .library import (
     apply,
     autocasting,
+    cast,
     define,
     implementation,
     product_dtype,
@@ -80,7 +81,7 @@ def _forward(
     are not kept."""
     gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     kept = training and not recompute
-    g, u, s, h = _gated(x.to(dtype), gate_layer, up_layer, activation, backend, kept)
+    g, u, s, h = _gated(cast(x, dtype), gate_layer, up_layer, activation, backend, kept)
     y, s_down = down_layer.forward(h)
     return y, *(t if kept else t.new_empty(0) for t in (g, u, s, s_down))
 
@@ -133,7 +134,7 @@ def _backward(
     Products are taken in dy's dtype, which is the forward's. What was saved is not written over: a graph that is kept
     can be run again.
     """
-    z = x.to(dy.dtype)
+    z = cast(x, dy.dtype)
     gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     s_x, s_down = s
     h: Tensor | None = None
@@ -147,7 +148,7 @@ def _backward(
     if dg is not None and du is not None:
         both = gate_layer, up_layer
         dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, both, needs[0], (needs[1:4], needs[4:7]))
-    grads = [None if dx is None else dx.to(x.dtype), *of_gate, *of_up, *of_down]
+    grads = [None if dx is None else cast(dx, x.dtype), *of_gate, *of_up, *of_down]
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 

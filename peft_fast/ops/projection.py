@@ -132,8 +132,11 @@ def rank(projection: list[Tensor | None]) -> int:
 
 def split(items: Sequence, counts: Sequence[int]) -> list[list]:
     """items, cut into lists of these lengths"""
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [list(items[end - count : end]) for end, count in zip(ends, counts)]
+    parts, start = [], 0
+    for count in counts:
+        parts.append(list(items[start : start + count]))
+        start += count
+    return parts
 
 
 def without_repetitions(parts: list[list[Tensor | None]]) -> list[Tensor | None]:

@@ -12,6 +12,7 @@
 `reference` is split in plain torch. W of a k-bit base is written out for one product and freed after it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from peft_fast.quant import bitsandbytes_kernels
 from peft_fast.quant.weight import QuantizedWeight
 
 from . import table
-from .library import implementation
+from .library import cast, implementation
 
 
 class Lora(NamedTuple):
@@ -43,13 +44,16 @@ class Lora(NamedTuple):
     def call(self, x: Tensor) -> table.Call:
         """What table.py is asked about, for x [M, K] in the dtype of the product: the same in forward and backward."""
         (N, K), R = self.weight.shape, self.A.shape[0]
-        fmt = str(self.weight.format) if isinstance(self.weight, QuantizedWeight) else ""
+        fmt = _text(self.weight.format) if isinstance(self.weight, QuantizedWeight) else ""
         return table.Call(x.device, x.dtype, x.shape[0], N, K, R, fmt, self.p, self.trained)
+
+
+_text = functools.lru_cache(maxsize=4096)(str)
 
 
 def dequantize(weight: QuantizedWeight, dtype, backend: Backend, out: Tensor | None = None) -> Tensor:
     """W [N, K] in `dtype`, by whoever table.dequantization names; into `out`, if given."""
-    choice = table.dequantization(backend, weight.device, dtype, str(weight.format))
+    choice = table.dequantization(backend, weight.device, dtype, _text(weight.format))
     if choice.backend == "bitsandbytes":
         W = bitsandbytes_kernels.dequantize(weight, dtype)
         return W if out is None else out.copy_(W)
@@ -58,14 +62,14 @@ def dequantize(weight: QuantizedWeight, dtype, backend: Backend, out: Tensor | N
 
 def materialize(weight: Tensor | QuantizedWeight, dtype, backend: Backend) -> Tensor:
     """W [N, K] in `dtype`: dequantised, or cast where it has another one."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype, backend)
+    return cast(weight, dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype, backend)
 
 
 def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, backend: Backend) -> Tensor:
     """y [M, N] = x [M, K] @ W.T + bias, by whoever table.product names."""
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else cast(bias, x.dtype)
     if isinstance(weight, QuantizedWeight):
-        call = table.Call(x.device, x.dtype, x.shape[0], *weight.shape, fmt=str(weight.format))
+        call = table.Call(x.device, x.dtype, x.shape[0], *weight.shape, fmt=_text(weight.format))
         choice = table.product(call, backend)
         if choice.route == "fused":
             return implementation(choice).quant_matmul(x, weight, bias)
@@ -79,7 +83,7 @@ def product_dx(
 ) -> Tensor:
     """dx [M, K] = dy [M, N] @ W, by whoever table.product_dx names; `added_to`, in place, if given."""
     if isinstance(weight, QuantizedWeight):
-        call = table.Call(dy.device, dy.dtype, dy.shape[0], *weight.shape, fmt=str(weight.format))
+        call = table.Call(dy.device, dy.dtype, dy.shape[0], *weight.shape, fmt=_text(weight.format))
         choice = table.product_dx(call, backend)
         if choice.route == "fused":
             return _sum(implementation(choice).quant_matmul_dx(dy, weight), added_to)
@@ -154,7 +158,7 @@ def _differ(choices: Sequence[Choice]) -> bool:
 def _merged_product(run, x: Tensor, bias: Tensor | None, lora: Lora) -> Tensor:
     assert isinstance(lora.weight, QuantizedWeight)
     merged, _ = run.dequantize_merge(lora.weight, lora.A, lora.B, lora.scale, x.dtype)
-    return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+    return F.linear(x, merged, None if bias is None else cast(bias, x.dtype))
 
 
 def backward(

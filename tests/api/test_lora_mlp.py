@@ -150,9 +150,9 @@ class TestTheSame:
     @pytest.mark.parametrize("seed", [0, 1, 2])
     def test_as_accurate_as_peft_in_a_fp32_stream(self, autocast, seed):
         """4-bit layers that compute in bf16 under a fp32 residual stream. peft returns fp32 from gate and up and takes
-        the activation there; ours keeps them in bf16 and rounds h once, as the next layer would. Against fp64 on the
-        dequantised weights: never worse than our layers one by one, and under autocast than peft (without it, peft runs
-        A and B in fp32, and our layers in bf16, fused or not)."""
+        the activation there; ours keeps them, and without Triton act(g), in bf16. Against fp64 on the dequantised
+        weights: no worse than our layers one by one, and under autocast than peft (without it, peft runs A and B in
+        fp32, and our layers in bf16, fused or not)."""
         torch.manual_seed(seed)
         mlp = four_bit(Gated(bias=False).to(torch.bfloat16), torch.bfloat16)
         twin, x = copy.deepcopy(mlp), torch.randn(64, K)
@@ -174,8 +174,6 @@ class TestTheSame:
             assert value.dtype == unfused[name].dtype
             yardstick = by_peft if autocast else unfused
             assert_as_accurate_as_torch(name, value, yardstick[name], truth[name], torch.bfloat16)
-            if not autocast and name != "x":  # dx alone is added up in another order
-                assert torch.equal(value, unfused[name])
 
     def test_an_input_that_needs_no_gradient(self):
         model, x = adapted(), torch.randn(4, K)

@@ -194,7 +194,7 @@ class _Open:
         if self.stands_down:
             return None
         if not self.outputs:
-            self._compute(layer, x)
+            return self._compute(layer, x)
         taken = self.outputs.pop(layer, None)
         if taken is None:  # it cannot take part, or is called again
             return None
@@ -207,19 +207,21 @@ class _Open:
         self.siblings.off = "its layers were called with different inputs, or with changes in between"
         return None
 
-    def _compute(self, layer: Linear, x: Tensor) -> None:
+    def _compute(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """y of this layer, and `outputs` for the others."""
         found = plan(self.layers, x) if self.is_unwritten or not x.is_inference() else "x may be written to, unseen"
         if isinstance(found, str):
             self.stands_down = True
-            return
+            return None
         members, dtype, backend = found
         if all(layer is not one.layer for one in members):
-            return
-        states = [_state(one.layer, x) for one in members]
+            return None
+        states = [None if one.layer is layer else _state(one.layer, x) for one in members]
         outputs = ops.lora_group(x, projections(members, x), dtype=dtype, backend=backend)
         if not torch.is_autocast_enabled(x.device.type):
             outputs = [y.to(x.dtype) for y in outputs]
-        self.outputs = {one.layer: (y, state) for one, y, state in zip(members, outputs, states)}
+        self.outputs = {one.layer: (y, state) for one, y, state in zip(members, outputs, states) if state is not None}
+        return next(y for one, y in zip(members, outputs) if one.layer is layer)
 
 
 def _state(layer: Linear, x: Tensor) -> tuple[list[Tensor], tuple]:

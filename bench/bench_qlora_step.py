@@ -25,7 +25,7 @@ def saved_llama(folder: str, hidden: int, intermediate: int, layers: int) -> str
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, vocab_size=2048,
+        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), vocab_size=2048,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

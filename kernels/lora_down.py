@@ -219,9 +219,12 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
     if not in_one_launch(len(A), itemsize, aligned):
         return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
     splits, launch = _forward_plan(M, K, ranks, distances, tuple(p), itemsize, aligned, input_precision())
-    s = torch.empty((splits, M, sum(ranks)), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    if splits == 1:
+        s = x.new_empty(M, sum(ranks))
+    else:
+        s = torch.empty((splits, M, sum(ranks)), dtype=torch.float32, device=x.device)
     launch(x, *thrice(A, A[0]), s, *_keys(key))
-    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+    return s if splits == 1 else sum_partials(s, x.dtype)
 
 
 class _Backward(NamedTuple):

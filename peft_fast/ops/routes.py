@@ -152,7 +152,9 @@ def _down(run, x: Tensor, lora: Sequence[Lora]) -> Tensor:
 
 def _differ(choices: Sequence[Choice]) -> bool:
     first = choices[0]
-    return any((choice.route, choice.backend) != (first.route, first.backend) for choice in choices[1:])
+    return len(choices) > 1 and any(
+        (choice.route, choice.backend) != (first.route, first.backend) for choice in choices[1:]
+    )
 
 
 def _merged_product(run, x: Tensor, bias: Tensor | None, lora: Lora) -> Tensor:
@@ -183,15 +185,17 @@ def backward_group(
     if _differ(choices):
         return _backward_one_by_one(dy, x, s, lora, needs_dx, needs_dA, needs_dB)
     route, run, dx = choices[0].route, implementation(choices[0]), None
-    A, B, p, key = ([getattr(one, name) for one in lora] for name in ("A", "B", "p", "key"))
     needs_ds = any(needs_dA) or (needs_dx and route != "merge")
     ds, dB, dA = None, [None] * len(lora), [None] * len(lora)
     if needs_ds or any(needs_dB):
-        ds, dB = run.lora_up_group_backward(dy, s, B, [one.scale for one in lora], needs_ds, any(needs_dB))
+        ds, dB = run.lora_up_group_backward(
+            dy, s, [one.B for one in lora], [one.scale for one in lora], needs_ds, any(needs_dB)
+        )
     if needs_dx:
         dx = _dx(route, run, dy, ds, lora)
     added_to = dx if route not in ("merge", "fused") else None
     if any(needs_dA) or added_to is not None:  # one pass over x gives dA and adds LoRA's part to dx
+        A, p, key = [one.A for one in lora], [one.p for one in lora], [one.key for one in lora]
         dA = run.lora_down_group_backward(ds, x, A, p, key, added_to, any(needs_dA))
     return dx, _needed(dA, needs_dA), _needed(dB, needs_dB)
 

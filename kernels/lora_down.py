@@ -216,7 +216,7 @@ def lora_down_group(x: Tensor, A: Sequence[Tensor], p: Sequence[float], key: Seq
     if M == 0:
         return x.new_empty(0, sum(ranks))
     distances, aligned = layout(x, *A)
-    if not in_one_launch(len(A), itemsize, aligned):
+    if len(A) > 1 and not in_one_launch(itemsize, aligned):
         return torch.cat([lora_down(x, *adapter) for adapter in zip(A, p, key)], dim=1)
     splits, launch = _forward_plan(M, K, ranks, distances, tuple(p), itemsize, aligned, input_precision())
     if splits == 1:
@@ -276,7 +276,7 @@ def lora_down_group_backward(
     (M, K), ranks, itemsize = x.shape, tuple([a.shape[0] for a in A]), x.element_size()
     if M == 0 or K == 0:
         return [a.new_zeros(a.shape) if needs_dA else None for a in A]
-    if not in_one_launch(len(A), itemsize, layout(x, *A)[1]):
+    if len(A) > 1 and not in_one_launch(itemsize, layout(x, *A)[1]):
         adapters = zip(ds.split(ranks, dim=1), A, p, key)
         return [lora_down_backward(ds_j, x, a, q, k, dx, needs_dA) for ds_j, a, q, k in adapters]
     distances, aligned = layout(x, x if dx is None else dx, *A)

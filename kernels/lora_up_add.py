@@ -175,7 +175,7 @@ def lora_up_add_group_(
     widths, ranks = tuple([N for N, _ in shapes]), tuple([R for _, R in shapes])
     if M == 0 or not any(widths):
         return
-    if not in_one_launch(len(y), itemsize, layout(*y)[1]):
+    if len(y) > 1 and not in_one_launch(itemsize, layout(*y)[1]):
         for one in zip(y, s.split(ranks, dim=1), B, scale, bias):
             lora_up_add_(*one)
         return

@@ -92,7 +92,7 @@ def lora_up_glu(
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if keep else g
     if not h.numel():
         return h
-    if not in_one_launch(2, g.element_size(), layout(g, u)[1]):
+    if not in_one_launch(g.element_size(), layout(g, u)[1]):
         lora_up_add_group_([g, u], s, B, scale, [None, None])
         return glu(g, u, activation, out=h)
     launch = _plan(M, F, ranks, layout(g, u, h, s, *B)[0], tuple(scale), activation, keep, input_precision())

@@ -82,7 +82,7 @@ def thrice(values: Sequence, filler: object) -> list:
     return [*values, *[filler] * (MOST - len(values))]
 
 
-def in_one_launch(count: int, itemsize: int, aligned: bool) -> bool:
-    """Whether so many adapters may share a launch: several need the registers that tiles of fp32, or the addresses of
+def in_one_launch(itemsize: int, aligned: bool) -> bool:
+    """Whether several adapters may share a launch: they need the registers that tiles of fp32, or the addresses of
     single elements, take too."""
-    return count == 1 or (itemsize == 2 and aligned)
+    return itemsize == 2 and aligned

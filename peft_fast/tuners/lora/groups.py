@@ -218,7 +218,7 @@ class _Open:
             return None
         states = [None if one.layer is layer else _state(one.layer, x) for one in members]
         outputs = ops.lora_group(x, projections(members, x), dtype=dtype, backend=backend)
-        if not torch.is_autocast_enabled(x.device.type):
+        if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             outputs = [y.to(x.dtype) for y in outputs]
         self.outputs = {one.layer: (y, state) for one, y, state in zip(members, outputs, states) if state is not None}
         return next(y for one, y in zip(members, outputs) if one.layer is layer)

@@ -127,7 +127,7 @@ class LoraMLP:
         y = ops.lora_mlp(
             x, gate, up, down, found.activation, dtype=found.dtype, recompute=recompute, backend=found.backend
         )
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: made again from the class that can be imported."""

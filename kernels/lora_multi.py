@@ -24,6 +24,7 @@ import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, dropout, tiles
+from .launch import Plan, planned
 from .reduce import sum_partials
 from .segments import Constant, Drop, Groups, Segments, starts_of
 from .tiles import cdiv, dropout_mask, input_precision, rows
@@ -220,9 +222,9 @@ class Factors:
         return (self.tensors[0] if self.stack is None else self.stack).dtype
 
     @property
-    def settings(self) -> dict:
-        of_b, aligned, kept = self.of_b, self.aligned, self.keys is not None
-        return dict(TYPE=TRITON_TYPE[self.dtype], OF_B=of_b, ALIGNED=aligned, DROPOUT=kept)
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        kept = self.keys is not None
+        return ("TYPE", TRITON_TYPE[self.dtype]), ("OF_B", self.of_b), ("ALIGNED", self.aligned), ("DROPOUT", kept)
 
 
 def _of_A(A: Sequence[Tensor], drop: Drop) -> Factors:
@@ -305,16 +307,26 @@ def down(x: Tensor, factors: Factors, segments: Segments | Groups) -> Tensor:
     (M, C), largest = x.shape, max(factors.ranks)
     config = configs.lora_down_multi(segments.longest, largest, x.element_size(), factors.aligned)
     pieces = segments.cut(config["BLOCK_M"], x.device)
-    tiles_of_rank = cdiv(largest, config["BLOCK_R"])
-    splits, steps = configs.split("lora_down_multi", C, config["BLOCK_C"], len(pieces) * tiles_of_rank)
+    constants = (*factors.settings, *config.items())
+    splits, launch = _down_plan(len(pieces), M, C, largest, x.stride(0), input_precision(), constants)
     s = torch.empty((splits, M, largest), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if len(pieces) and largest:
-        _lora_down_multi_kernel[(len(pieces), tiles_of_rank, splits)](
-            x, s, segments.order, pieces, factors.stack, factors.table, factors.keys,
-            M, C, x.stride(0), s.stride(1), steps,
-            PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
-        )  # fmt: skip
+        launch(x, s, segments.order, pieces, factors.stack, factors.table, factors.keys)
     return s[0] if splits == 1 else sum_partials(s, x.dtype)
+
+
+@planned
+def _down_plan(
+    pieces: int, M: int, C: int, largest: int, of_x: int, precision: str, constants: tuple[tuple[str, Any], ...]
+) -> tuple[int, Plan]:
+    """(splits of C, the launch)"""
+    tile = dict(constants)
+    tiles_of_rank = cdiv(largest, tile["BLOCK_R"])
+    splits, steps = configs.split("lora_down_multi", C, tile["BLOCK_C"], pieces * tiles_of_rank)
+    return splits, Plan(
+        _lora_down_multi_kernel, (pieces, tiles_of_rank, splits), (M, C, of_x, largest, steps),
+        PRECISION=precision, enable_fp_fusion=True, **tile,
+    )  # fmt: skip
 
 
 def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> None:
@@ -323,10 +335,18 @@ def up(y: Tensor, s: Tensor, factors: Factors, segments: Segments | Groups) -> N
     config = configs.lora_up_multi(segments.longest, max(factors.ranks), y.element_size(), factors.aligned)
     pieces, C = segments.cut(config["BLOCK_M"], y.device), y.shape[1]
     if len(pieces) and max(factors.ranks):
-        _lora_up_multi_kernel[(len(pieces), cdiv(C, config["BLOCK_C"]))](
-            y, s, segments.order, pieces, factors.stack, factors.table, factors.keys, C, y.stride(0), s.stride(0),
-            PRECISION=input_precision(), enable_fp_fusion=True, **factors.settings, **config,
-        )  # fmt: skip
+        constants = (*factors.settings, *config.items())
+        launch = _up_plan(len(pieces), C, y.stride(0), s.stride(0), input_precision(), constants)
+        launch(y, s, segments.order, pieces, factors.stack, factors.table, factors.keys)
+
+
+@planned
+def _up_plan(pieces: int, C: int, of_y: int, of_s: int, precision: str, constants: tuple[tuple[str, Any], ...]) -> Plan:
+    tile = dict(constants)
+    return Plan(
+        _lora_up_multi_kernel, (pieces, cdiv(C, tile["BLOCK_C"])), (C, of_y, of_s),
+        PRECISION=precision, enable_fp_fusion=True, **tile,
+    )  # fmt: skip
 
 
 def gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments | Groups, dtype: torch.dtype) -> Tensor:
@@ -336,14 +356,22 @@ def gram(u: Tensor, v: Tensor, factors: Factors, segments: Segments | Groups, dt
     config = configs.lora_gram_multi(largest, v.element_size())
     out = torch.empty(sum(factors.ranks) * C, dtype=dtype, device=v.device)
     if out.numel():
-        grid = len(factors.ranks), cdiv(C, config["BLOCK_C"]), cdiv(largest, config["BLOCK_R"])
-        _lora_gram_multi_kernel[grid](
-            u, v, out, segments.order, segments.starts_on(v.device), factors.table, factors.keys,
-            C, u.stride(0), v.stride(0),
-            OF_B=factors.of_b, DROPOUT=factors.keys is not None, PRECISION=input_precision(), enable_fp_fusion=True,
-            **config,
-        )  # fmt: skip
+        settings = ("OF_B", factors.of_b), ("DROPOUT", factors.keys is not None)
+        constants = (*settings, *config.items())
+        launch = _gram_plan(len(factors.ranks), largest, C, u.stride(0), v.stride(0), input_precision(), constants)
+        launch(u, v, out, segments.order, segments.starts_on(v.device), factors.table, factors.keys)
     return out
+
+
+@planned
+def _gram_plan(
+    T: int, largest: int, C: int, of_u: int, of_v: int, precision: str, constants: tuple[tuple[str, Any], ...]
+) -> Plan:
+    tile = dict(constants)
+    return Plan(
+        _lora_gram_multi_kernel, (T, cdiv(C, tile["BLOCK_C"]), cdiv(largest, tile["BLOCK_R"])), (C, of_u, of_v),
+        PRECISION=precision, enable_fp_fusion=True, **tile,
+    )  # fmt: skip
 
 
 def why_not(dtype: torch.dtype, adapters: tuple[torch.dtype, ...] = ()) -> str | None:

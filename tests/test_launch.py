@@ -8,12 +8,30 @@ import triton
 from triton.runtime import driver
 
 from bench.host_time import NoDriver
-from peft_fast.kernels import lora_down, lora_up_add
+from peft_fast.kernels import (
+    dequantize,
+    dequantize_merge,
+    glu,
+    lora_down,
+    lora_multi,
+    lora_up_add,
+    lora_up_glu,
+    quant_gemv,
+    quant_matmul,
+    reduce,
+    scale_columns,
+)
 from peft_fast.kernels.launch import Plan
+from peft_fast.kernels.segments import Drop, of_rows
+from peft_fast.quant import blockwise, int8
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret or torch.cuda.is_available(), reason="Triton's own launcher, and no GPU"
 )
+LAUNCHERS = (
+    dequantize, dequantize_merge, glu, lora_down, lora_multi, lora_up_add, lora_up_glu, quant_gemv, quant_matmul,
+    reduce, scale_columns,
+)  # fmt: skip
 BF16 = torch.bfloat16
 
 
@@ -51,21 +69,63 @@ def notes(driver_of_all):
     return driver_of_all
 
 
-def calls():
-    """Twice the same, then such as need another binary: a misaligned A, an A of another dtype, no rows to add, a rank
-    of 1, another M; at last the first again."""
-    K, R = 64, 16
-    whole = torch.zeros(40, K, dtype=BF16)
-    x, A = whole[:32], torch.zeros(R, K, dtype=BF16)
-    odd = torch.zeros(R * K + 1, dtype=BF16)[1:].view(R, K)
-    y, B, bias = torch.zeros(32, K, dtype=BF16), torch.zeros(K, R, dtype=BF16), torch.zeros(K, dtype=BF16)
-    s = torch.zeros(32, R, dtype=BF16)
-    for of_A in (A, A, odd, A.float(), A[:1], A):
-        lora_down.lora_down(x, of_A)
+K, R, M = 64, 16, 32
+
+
+def zeros(*shape, dtype=BF16):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def misaligned(*shape):
+    return zeros(1 + torch.Size(shape).numel())[1:].view(shape)
+
+
+def calls_of_one_adapter():
+    """Such as need other binaries: a misaligned A, one of another dtype, a rank of 1, another M, no bias; at last the
+    first again."""
+    whole, A = zeros(40, K), zeros(R, K)
+    for of_A in (A, A, misaligned(R, K), A.float(), A[:1], A):
+        lora_down.lora_down(whole[:M], of_A)
     lora_down.lora_down(whole, A)
-    for of_bias in (None, bias, None, torch.zeros(K + 1, dtype=BF16)[1:]):
-        lora_up_add.lora_up_add_(y, s, B, 2.0, of_bias)
-    lora_up_add.lora_up_add_(y, s, B, 0.5, bias)
+    y, s, B = zeros(M, K), zeros(M, R), zeros(K, R)
+    for bias in (None, zeros(K), None, misaligned(K)):
+        lora_up_add.lora_up_add_(y, s, B, 2.0, bias)
+    lora_up_add.lora_up_add_(y, s, B, 0.5, zeros(K))
+
+
+def calls_of_every_launcher():
+    x, dy, s, A, B = zeros(M, K), zeros(M, K), zeros(M, 2 * R), [zeros(R, K)] * 2, [zeros(K, R)] * 2
+    key, scale = zeros(2, dtype=torch.int32), [2.0, 0.5]
+    lora_down.lora_down_group(x, A, [0.1, 0.0], [key, None])
+    for dx in (None, zeros(M, K)):
+        lora_down.lora_down_group_backward(s, x, A, [0.1, 0.0], [key, None], dx)
+    lora_down.lora_down_backward(zeros(M, 80), x, zeros(80, K), 0.0, None, zeros(M, K))  # in two passes
+    lora_up_add.lora_up_add_group_([x, dy], s, B, scale, [None, zeros(K)])
+    wide = [zeros(2048, R)] * 2  # several programs along dy: partials of ds too
+    for of_B in (B, wide):
+        for needs_ds in (True, False):
+            lora_up_add.lora_up_group_backward([zeros(M, len(b)) for b in of_B], s, of_B, scale, needs_ds)
+    for keep in (True, False):
+        lora_up_glu.lora_up_glu(x, dy, s, B, scale, "silu", keep)
+    glu.glu(x, dy, "gelu")
+    for needs_h in (True, False):
+        glu.glu_backward_(x, dy, zeros(M, K), "gelu_tanh", needs_h)
+    scale_columns.scale_columns(x, zeros(K, dtype=torch.float32), zeros(K))
+    scale_columns.scale_columns_backward(dy, x, zeros(K, dtype=torch.float32))
+    segments, drop = of_rows(torch.tensor([0, 1, -1, 1] * 8), 2), Drop((0.1, 0.0), zeros(2, 2, dtype=torch.int32))
+    of_drop = lora_multi.lora_down_multi(x, A, segments, drop)
+    lora_multi.lora_up_add_multi_(dy, of_drop, B, scale, segments)
+    lora_multi.lora_up_multi_backward(dy, of_drop, B, scale, segments)
+    lora_multi.lora_down_multi_backward(of_drop, x, A, segments, drop, zeros(M, K))
+    dense = torch.randn(K, K)
+    for weight in (blockwise.quantize(dense, "nf4", 64, True), int8.quantize(dense)):
+        dequantize.dequantize(weight, BF16)
+        dequantize_merge.dequantize_merge(weight, A[0], B[0], 2.0, BF16, needs_norms=True)
+        for tokens in (2, M):
+            quant_matmul.quant_matmul(x[:tokens], weight, zeros(K), s[:tokens, :R], B[0], 2.0)
+            quant_matmul.quant_matmul(x[:tokens], weight)
+        quant_matmul.quant_matmul_dx(dy, weight, s[:, :R], A[0], 0.1, key)
+        quant_matmul.quant_matmul_dx(dy, weight)
 
 
 def same_binaries_and_numbers(found, expected):
@@ -80,28 +140,26 @@ def is_address(argument) -> bool:
     return isinstance(argument, int) and argument > 1 << 32
 
 
-def test_plans_launch_what_triton_would(notes):
-    for cached in (lora_down._forward_plan, lora_up_add._forward_plan):
-        cached.cache_clear()
-    calls()
-    calls()
+def calls_of_triton(calls) -> int:
+    with patch.object(Plan, "by_triton", autospec=True, side_effect=Plan.by_triton) as asked:
+        calls()
+    return asked.call_count
+
+
+def forget_plans():
+    for module in LAUNCHERS:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear") and value.__name__.endswith("_plan"):
+                value.cache_clear()
+
+
+@pytest.mark.parametrize("calls", [calls_of_one_adapter, calls_of_every_launcher])
+def test_plans_launch_what_triton_would(calls, notes):
+    forget_plans()
+    asked = calls_of_triton(calls)  # which makes the plans
+    assert calls_of_triton(calls) < asked / 4  # misaligned tensors are left to it
     by_plan, notes.taken = notes.taken, []
     with patch.object(Plan, "__call__", Plan.by_triton):
         calls()
         calls()
     same_binaries_and_numbers(by_plan, notes.taken)
-    assert len({binary for binary, _, _ in by_plan}) >= 5
-
-
-def test_triton_is_asked_once(notes, monkeypatch):
-    asked = []
-    ask = Plan.by_triton
-    monkeypatch.setattr(Plan, "by_triton", lambda plan, *tensors: asked.append(plan) or ask(plan, *tensors))
-    lora_down._forward_plan.cache_clear()
-    x, A = torch.zeros(32, 64, dtype=BF16), torch.zeros(16, 64, dtype=BF16)
-    for _ in range(3):
-        lora_down.lora_down(x, A)
-    assert (len(asked), len(notes.taken)) == (1, 3)
-    for _ in range(2):
-        lora_down.lora_down(x, torch.zeros(16 * 64 + 1, dtype=BF16)[1:].view(16, 64))
-    assert (len(asked), len(notes.taken)) == (3, 5)

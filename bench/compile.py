@@ -113,6 +113,7 @@ def fault(row: dict, variant: str, target: int) -> str:
 
 
 Job = tuple[str, Launch, int]  # variant, launch, target
+Key = tuple[str, str, str]  # of a row: kernel, target, variant
 _jobs: list[Job] = []  # read by the forked workers: a JITFunction cannot be pickled
 
 
@@ -129,6 +130,12 @@ def jobs(quick: bool, targets: tuple[int, ...] = TARGETS, only: str = "") -> lis
                 # Some functions launch the same kernel twice, in two variants.
                 todo.append((variant + (f" #{names[name]}" if names[name] > 1 else ""), launch, target))
     return todo
+
+
+def key(job: Job) -> Key:
+    """Of the row that the job will make."""
+    variant, launch, target = job
+    return launch.name, f"sm_{target}", variant
 
 
 def _measure(index: int) -> Row:
@@ -175,13 +182,21 @@ def _as_text(row: Row) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(row).items()}
 
 
-def difference(rows: list[Row]) -> list[str] | None:
-    """What changed against the rows of this Triton version in the CSVs, one line each; None if it has none."""
-    key = ("kernel", "target", "variant")
-    before = {tuple(row[k] for k in key): row for row in stored() if row["triton"] == triton.__version__}
-    if not before:
+def stored_here() -> dict[Key, dict[str, str]]:
+    """The rows of this version of Triton."""
+    rows = (row for row in stored() if row["triton"] == triton.__version__)
+    return {(row["kernel"], row["target"], row["variant"]): row for row in rows}
+
+
+def difference(rows: list[Row], targets: tuple[int, ...] = TARGETS, only: str = "") -> list[str] | None:
+    """What changed against the CSVs' rows of these targets and this Triton version, of those that `only` selects, one
+    line each; None if this version has no rows."""
+    known = stored_here()
+    if not known:
         return None
-    after = {tuple(row[k] for k in key): row for row in map(_as_text, rows)}
+    asked_for = {f"sm_{target}" for target in targets}
+    before = {name: row for name, row in known.items() if row["target"] in asked_for and _replaced(row, only)}
+    after = {(row.kernel, row.target, row.variant): _as_text(row) for row in rows}
     lines = []
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
@@ -217,11 +232,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only kernels or variants whose name contains this")
     parser.add_argument("--diff", action="store_true", help="print what changed against the CSVs, and do not write it")
     options = parser.parse_args()
-    rows = run(jobs(options.quick, tuple(map(int, options.targets.split(","))), options.only))
+    if options.quick and options.diff:
+        parser.error("--diff compares every row, and --quick compiles a tenth of them: leave one of the two out")
+    targets = tuple(map(int, options.targets.split(",")))
+    rows = run(jobs(options.quick, targets, options.only))
     status = report(rows)
-    complete = not options.quick and options.targets == parser.get_default("targets")
+    complete = not options.quick and targets == TARGETS
     if options.diff:
-        changes = difference(rows)
+        changes = difference(rows, targets, options.only)
         print("\n".join(changes or ["nothing changed"] if changes is not None else ["no rows of this version"]))
     elif complete:
         write(rows, options.only)

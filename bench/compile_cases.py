@@ -24,9 +24,9 @@ from peft_fast.kernels import (
     lora_down,
     lora_embedding,
     lora_experts,
+    lora_glu,
     lora_multi,
     lora_up_add,
-    lora_up_glu,
     quant_gemv,
     quant_matmul,
     scale_columns,
@@ -280,7 +280,7 @@ def _glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
 
 
 def _up_glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
-    """In fp32 it is lora_up_add and glu. What differs with the activation and without `keep`: for one rank."""
+    """In fp32 it is lora_up_add and glu. What differs with the activation and without updates: for one rank."""
     if dname == "fp32":
         return
     for R in (16,) if quick else {"fp16": (16, 64), "bf16": (8, 16, 17, 32, 64)}[dname]:
@@ -289,15 +289,22 @@ def _up_glu(dname: str, dtype: torch.dtype, quick: bool) -> Named:
             B = [torch.zeros(256, R, dtype=adapter)] * 2
             tag = f"{dname} R{R}" + (" fp32-adapter" if adapter != dtype else "")
             every = dname == "bf16" and R == 16 and not quick
-            for activation, keep in (
+            for activation, update in (
                 ("silu", True), *((("silu", False), ("gelu", True), ("gelu_tanh", True)) if every else ()),
             ):  # fmt: skip
                 yield from _recorded(
-                    f"{tag} {activation}" + ("" if keep else " over g"),
-                    lambda a=activation, k=keep, g=g, s=s, B=B: lora_up_glu.lora_up_glu(
-                        g.clone(), g.clone(), s, B, [2.0, 1.5], a, k
+                    f"{tag} {activation}" + ("" if update else " over g"),
+                    lambda a=activation, k=update, g=g, s=s, B=B: lora_glu.lora_up_glu(
+                        g, g.clone(), s, B, [2.0, 1.5], a, k, None if k else g
                     ),
                 )
+            A = torch.zeros(R, 256, dtype=adapter)
+            yield from _recorded(
+                f"{tag} silu",
+                lambda g=g, s=s, B=B, A=A, R=R: lora_glu.lora_glu_backward_(
+                    g.clone(), g, g.clone(), s, B, [2.0, 1.5], s[:, :R], A, 0.1, dropout.new_key("cpu"), "silu"
+                ),
+            )
 
 
 def _scale_columns(dname: str, dtype: torch.dtype, quick: bool) -> Named:

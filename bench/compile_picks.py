@@ -125,11 +125,13 @@ def together(capability: int) -> Iterator[tuple[str, Launch]]:
                 for launch in _launched_by_group(layers, M):
                     yield f"{dtype} auto group of {len(widths)} {tag}", launch
             both = [_layer(11008, K, R, p, DTYPES[dtype], DTYPES[adapter])] * 2
-            for activation, keep in product(ACTIVATIONS, (True, False)):
-                for launch in _launched_by_gated(both, M, activation, keep):
-                    yield f"{dtype} auto {activation} {tag}" + ("" if keep else " inference"), launch
+            down = _layer(K, 11008, R, p, DTYPES[dtype], DTYPES[adapter])
+            for activation, keep in product(ACTIVATIONS, KEEPS):
+                for launch in _launched_by_gated(both, down, M, activation, keep):
+                    yield f"{dtype} auto {activation} {tag}" + KEEPS[keep], launch
 
 
+KEEPS: dict[routes.Keep, str] = {"outputs": "", "nothing": " inference", "base": " in one"}
 TOGETHER = (1, 64, 512)  # tokens: one of every class of configs.py that a dense layer is asked about
 
 
@@ -152,14 +154,23 @@ def _launched_by_group(layers: Sequence[routes.Lora], M: int) -> tuple[Launch, .
     return tuple(launches)
 
 
-def _launched_by_gated(layers: Sequence[routes.Lora], M: int, activation: str, keep: bool) -> tuple[Launch, ...]:
-    """Without what the group of both launches in its backward."""
-    x = _input(layers, M)
+def _launched_by_gated(
+    both: Sequence[routes.Lora], down: routes.Lora, M: int, activation: str, keep: routes.Keep
+) -> tuple[Launch, ...]:
+    """The gate itself: without what a layer or the group of both launches in its backward. `keep`: without down's
+    adapter, for inference, and with it."""
+    x, s_down = _input(both, M), torch.empty(M, down.A.shape[0], dtype=down.weight.dtype, device=META)
     choice = GLU.choose("auto", x.device, x.dtype)
+    if keep == "base" and not routes.keeps_base(x, *both, down, choice):
+        return ()
     with record() as launches:
-        g, u, _, h = routes.forward_gated(x, [None, None], layers, activation, choice, keep)
-        for needs_h in (True, False) if keep else ():
-            implementation(choice).glu_backward_(h, g, u, activation, needs_h=needs_h)
+        g, u, s, h = routes.forward_gated(x, [None, None], both, activation, choice, keep)
+        for needs_dA in (True, False) if keep != "nothing" else ():
+            if keep == "base":
+                needs = True, needs_dA, True
+                routes.backward_gated(x, g, u, s, s_down, both, down, activation, choice, needs, None)
+            else:
+                implementation(choice).glu_backward_(h, g, u, activation, needs_h=needs_dA)
     return tuple(launches)
 
 

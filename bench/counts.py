@@ -254,7 +254,12 @@ class Pass(NamedTuple):
     @property
     def extra(self) -> int:
         """All other bytes: what adapters and activations cost on top of the bare base layers."""
-        return self.counted.nbytes.total() - self.products - self.dequantised
+        return self.with_dequantising - self.dequantised
+
+    @property
+    def with_dequantising(self) -> int:
+        """All bytes but those of the products."""
+        return self.counted.nbytes.total() - self.products
 
 
 def passes(model: nn.Module, x: Tensor, dy: Any, *, triton: bool = False, carried_out=SHAPES_ONLY) -> tuple[Pass, Pass]:
@@ -307,14 +312,17 @@ TARGETS: dict[tuple[int, float, str], tuple[float, float] | None] = {
 
 def print_traffic(tokens: int) -> None:
     print(f"extra traffic of a Llama-3-8B layer's seven linear layers and SwiGLU, r=16, {tokens} tokens, in MB:")
-    print("  all bytes but those of the base layers' products, and of dequantising, which a bare base layer has too")
-    print(f"  {'':32}{'peft':>8}{'ours':>8}{'ratio':>7}{'target':>8}   dequantising, peft and ours")
+    print("  all bytes but those of the base layers' products, and of dequantising, which a bare base layer has too;")
+    print("  and the ratio with dequantising")
+    print(f"  {'':32}{'peft':>8}{'ours':>8}{'ratio':>7}{'with':>7}{'target':>8}   dequantising, peft and ours")
     for (bits, p, route), targets in TARGETS.items():
         theirs, ours = (layer_passes(lib, tokens, bits, p, route=route) for lib in (peft, peft_fast))
         for name, their, our, target in zip(("forward", "backward"), theirs, ours, targets or ("-", "-")):
+            ratios = our.extra / their.extra, our.with_dequantising / their.with_dequantising
             print(
                 f"  {bits:>2} bits, p={p:<5}{route:7}{name:9}{their.extra / 1e6:8.1f}{our.extra / 1e6:8.1f}"
-                f"{our.extra / their.extra:7.3f}{target:>8}   {their.dequantised / 1e6:.1f} {our.dequantised / 1e6:.1f}"
+                f"{ratios[0]:7.3f}{ratios[1]:7.3f}{target:>8}   "
+                f"{their.dequantised / 1e6:.1f} {our.dequantised / 1e6:.1f}"
             )
 
 

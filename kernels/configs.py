@@ -109,6 +109,20 @@ def lora_up_glu(R: int) -> dict:
     return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_R=rank_block(R, 2), num_warps=8)
 
 
+WIDEST_GATE = 64  # ranks that lora_glu_backward takes: all of a rank in one tile
+
+
+def lora_glu_backward(R: int) -> dict:
+    """16 bits only. dA's tile is to be wider than high: else Triton gives every warp all columns of the other products
+    (its rule for chained ones), and they spill 24 to 650 bytes. Without maxnreg ptxas spills 8 to 16 bytes here and
+    there to stay below 128 registers; 168 are three blocks of four warps on a multiprocessor."""
+    block_r = rank_block(R, 2)
+    if block_r == 64:
+        return dict(BLOCK_M=16, BLOCK_F=128, BLOCK_R=block_r, num_warps=8, num_stages=2, maxnreg=255)
+    most = 168 if block_r == 16 else 255
+    return dict(BLOCK_M=16, BLOCK_F=64, BLOCK_R=block_r, num_warps=4, num_stages=3, maxnreg=most)
+
+
 def lora_up_backward(R: int, itemsize: int, aligned: bool = True) -> dict:
     """BLOCK_N * BLOCK_R elements of dB are kept in registers."""
     block_r = rank_block(R, itemsize)

@@ -292,14 +292,49 @@ def glu_backward_(
 
 
 def lora_up_glu(
-    g: Tensor, u: Tensor, s: Tensor, B: Sequence[Tensor], scale: Sequence[float], activation: str, keep: bool = True
+    g: Tensor,
+    u: Tensor,
+    s: Tensor,
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    activation: str,
+    update: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """h [M, F] of g + scale_g * s_g @ B_g.T and u likewise, s being [s_g, s_u]; g and u become these, in place.
-
-    Without `keep` nobody reads g and u again: h lies over g.
+    """h [M, F] of g + scale_g * s_g @ B_g.T and u likewise, s being [s_g, s_u]; g and u become these, in place, or
+    without `update` stay what they are. h goes to `out` if given, which without `update` may be g: then nobody may read
+    u again either.
     """
+    if not update and out is not g:
+        g, u = g.clone(), u.clone()
     lora_up_add_group_([g, u], s, B, scale, [None, None])
-    return glu(g, u, activation, out=None if keep else g)
+    return glu(g, u, activation, out=out)
+
+
+def lora_glu_backward_(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    s: Tensor,
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    ds: Tensor,
+    A: Tensor,
+    p: float,
+    key: Tensor | None,
+    activation: str,
+    needs_dA: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dg, du, dA [R, F]) of the base layers' dh, g and u [M, F], where LoRA's parts are added to all three: to dh that
+    of ds [M, R] and A [R, F], the down projection's, to g and u as lora_up_glu does. du is written over dh, dg into
+    `out` if given, which may be g.
+    """
+    lora_down_backward(ds, dh, A, p, key, dh, needs_dA=False)
+    g, u = g.clone(), u.clone()
+    lora_up_add_group_([g, u], s, B, scale, [None, None])
+    dg, du, h = glu_backward_(dh, g, u, activation, needs_h=needs_dA, out=out)
+    return dg, du, None if h is None else lora_down_backward(ds, h, A, p, key)
 
 
 def apply_dropout(x: Tensor, p: float, key: Tensor | None) -> Tensor:

@@ -14,10 +14,10 @@ from bench.launches import Launch, compile_for, record
 KERNELS = {
     "dequantize_int8_kernel", "dequantize_kernel", "dequantize_merge_kernel", "glu_bwd_kernel", "glu_fwd_kernel",
     "lora_down_bwd_kernel", "lora_down_fwd_kernel", "lora_down_multi_kernel", "lora_embedding_add_kernel",
-    "lora_gram_multi_kernel", "lora_up_add_fwd_kernel", "lora_up_bwd_kernel", "lora_up_glu_kernel",
-    "lora_up_multi_kernel", "pieces_kernel", "quant_gemv_kernel", "quant_matmul_dx_kernel", "quant_matmul_kernel",
-    "scale_columns_bwd_kernel", "scale_columns_fwd_kernel", "segment_sum_kernel", "sum_both_kernel",
-    "sum_partials_kernel",
+    "lora_glu_bwd_kernel", "lora_gram_multi_kernel", "lora_up_add_fwd_kernel", "lora_up_bwd_kernel",
+    "lora_up_glu_kernel", "lora_up_multi_kernel", "pieces_kernel", "quant_gemv_kernel", "quant_matmul_dx_kernel",
+    "quant_matmul_kernel", "scale_columns_bwd_kernel", "scale_columns_fwd_kernel", "segment_sum_kernel",
+    "sum_both_kernel", "sum_partials_kernel",
 }  # fmt: skip
 
 

@@ -69,14 +69,15 @@ def test_launches_of_one_qlora_linear(route, p, most):
     assert sum(theirs.values()) >= 17, theirs
 
 
-@pytest.mark.parametrize(("bits", "p", "most"), [(4, 0.0, 54), (4, 0.05, 57), (16, 0.0, 40), (16, 0.05, 43)])
+@pytest.mark.parametrize(("bits", "p", "most"), [(4, 0.0, 52), (4, 0.05, 55), (16, 0.0, 38), (16, 0.05, 41)])
 def test_launches_of_a_llama_layer(bits, p, most):
-    """q, k, v share the launches of their adapters, and so do gate and up: lora_down and the backwards run four times
-    for seven projections, lora_up_add three times and once with the gate. One draw of dropout keys for q, k, v, one for
-    o, one for the MLP."""
+    """q, k, v share the launches of their adapters, and so do gate and up: lora_down and lora_up's backward run four
+    times for seven projections, lora_up_add three times and once with the gate, which takes lora_down's fourth backward
+    too. One draw of dropout keys for q, k, v, one for o, one for the MLP."""
     theirs, ours = layer_counts(512, bits, p)
     assert sum(ours.values()) <= most, ours
     assert ours["triton.lora_down_fwd_kernel"] == ours["triton.lora_up_bwd_kernel"] == 4
     assert (ours["triton.lora_up_add_fwd_kernel"], ours["triton.lora_up_glu_kernel"]) == (3, 1)
+    assert (ours["triton.lora_down_bwd_kernel"], ours["triton.lora_glu_bwd_kernel"]) == (3, 1)
     assert ours["aten.randint"] == (3 if p else 0)
     assert sum(theirs.values()) >= 2.2 * sum(ours.values()), theirs

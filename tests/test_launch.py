@@ -13,9 +13,9 @@ from peft_fast.kernels import (
     dequantize_merge,
     glu,
     lora_down,
+    lora_glu,
     lora_multi,
     lora_up_add,
-    lora_up_glu,
     quant_gemv,
     quant_matmul,
     reduce,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret or torch.cuda.is_available(), reason="Triton's own launcher, and no GPU"
 )
 LAUNCHERS = (
-    dequantize, dequantize_merge, glu, lora_down, lora_multi, lora_up_add, lora_up_glu, quant_gemv, quant_matmul,
+    dequantize, dequantize_merge, glu, lora_down, lora_multi, lora_up_add, lora_glu, quant_gemv, quant_matmul,
     reduce, scale_columns,
 )  # fmt: skip
 BF16 = torch.bfloat16
@@ -105,8 +105,11 @@ def calls_of_every_launcher():
     for of_B in (B, wide):
         for needs_ds in (True, False):
             lora_up_add.lora_up_group_backward([zeros(M, len(b)) for b in of_B], s, of_B, scale, needs_ds)
-    for keep in (True, False):
-        lora_up_glu.lora_up_glu(x, dy, s, B, scale, "silu", keep)
+    for update in (True, False):
+        lora_glu.lora_up_glu(x, dy, s, B, scale, "silu", update)
+    for needs_dA, p in ((True, 0.1), (False, 0.0)):
+        drop = p, key if p else None
+        lora_glu.lora_glu_backward_(zeros(M, K), x, dy, s, B, scale, s[:, :R], A[0], *drop, "silu", needs_dA)
     glu.glu(x, dy, "gelu")
     for needs_h in (True, False):
         glu.glu_backward_(x, dy, zeros(M, K), "gelu_tanh", needs_h)

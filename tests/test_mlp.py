@@ -9,6 +9,8 @@ import torch._dynamo.testing
 
 from peft_fast import ops
 from peft_fast.dispatch import TritonUnsupported
+from peft_fast.kernels import triton_ops
+from peft_fast.quant import bitsandbytes_kernels
 from peft_fast.testing import assert_as_accurate_as_torch
 
 from .mlp_cases import ACTIVATIONS, NAMES, MlpCase, autograd_truth, check_against_fp64, make_case, truth
@@ -253,6 +255,61 @@ def test_the_triton_route(base, dtype, p, device):
     for recompute, ranks, route in [(False, (5, 8, 17), "auto"), (True, (8, 0, 4), routes_of(base, p)[-1])]:
         case = make_case(33, 40, 72, ranks, dtype, FP32, base, p, device=device)
         check_against_fp64(case, backend="triton", recompute=recompute, route=route)
+
+
+def gates(monkeypatch) -> list[str]:
+    """Fills with "in one" for every backward through the gate in one launch, "alone" for every other."""
+    found: list[str] = []
+
+    def watch(name: str, kind: str) -> None:
+        original = getattr(triton_ops, name)
+        monkeypatch.setattr(triton_ops, name, lambda *args, **options: found.append(kind) or original(*args, **options))
+
+    watch("lora_glu_backward_", "in one")
+    watch("glu_backward_", "alone")
+    return found
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_gate_in_one_launch(base, p, recompute, device, monkeypatch):
+    """Where all three layers have adapters; the gradients do not change with what is asked for, nor when a graph is run
+    again, and what forward and backward agree on does not hang on bitsandbytes being imported in between."""
+    case = make_case(17, 40, 48, (5, 8, 17), FP16, FP32, base, p, device=device)
+    found = gates(monkeypatch)
+    check_against_fp64(case, backend="triton", recompute=recompute)
+    assert set(found) == {"in one"}
+    everything, names = case.run(backend="triton", recompute=recompute), list(case.leaves())
+    del found[:]
+    of_down = [name for name in names if name.startswith("down")]
+    for needs in (["x"], ["gate.B"], ["up.A", "down.B"], ["down.A"], ["down.B"], of_down, names):
+        leaves = case.fresh(needs)
+        monkeypatch.setattr(bitsandbytes_kernels, "is_loaded", lambda: False)
+        y = case.call(leaves, backend="triton", recompute=recompute)
+        monkeypatch.setattr(bitsandbytes_kernels, "is_loaded", lambda: True)
+        for _ in range(2):
+            grads = torch.autograd.grad(y, [leaves[name] for name in needs], case.d_y, retain_graph=True)
+            assert all(torch.equal(grad, everything[name]) for name, grad in zip(needs, grads))
+    assert found == ["in one"] * 8  # not for down's alone
+
+
+@pytest.mark.kernel
+def test_the_gate_alone(device, monkeypatch):
+    """What the kernel does not take goes through the gate by itself, after LoRA's parts."""
+    found = gates(monkeypatch)
+    cases = [
+        (make_case(9, 32, 48, (4, 4, 0), FP16, FP16, "dense", 0.0, device=device), {}),
+        (make_case(9, 32, 48, (4, 0, 4), FP16, FP16, "dense", 0.0, device=device), {}),
+        (make_case(9, 32, 48, (4, 4, 65), FP16, FP16, "dense", 0.0, device=device), {}),
+        (make_case(9, 32, 72, (4, 4, 4), FP16, FP16, "dense", 0.0, device=device), {}),
+        (make_case(9, 32, 48, (4, 4, 4), FP32, FP32, "dense", 0.0, device=device), {}),
+        (make_case(17, 64, 64, (4, 4, 4), FP16, FP16, "nf4", 0.0, device=device), {"route": "merge"}),
+    ]
+    for case, options in cases:
+        check_against_fp64(case, backend="triton", **options)
+    assert found == ["alone"] * len(cases)
 
 
 @pytest.mark.kernel

@@ -4,12 +4,14 @@
 
 Kept for backward: x as it came, or what rms_norm made it of (norm.py), g and u [M, F], the adapters' s [M, R], dropout
 keys; or, with `recompute`, x and the keys alone. Neither act(g) nor h is: the backward needs h for down's dA only, and
-glu_backward_ gives it on its way. dx of gate and up is one buffer. Each layer takes the route that it would take alone
-(table.py, routes.py).
+makes it on its way. Where all three layers have adapters that the kernels of the gate take (routes.keeps_base), g and u
+are kept without LoRA's parts, as the base layers gave them. dx of gate and up is one buffer. Each layer takes the route
+that it would take alone (table.py, routes.py).
 
 g and u stay in the dtype of the products, h is computed from them as in glu.py.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,22 +81,60 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """(y [M, N], g [M, F], u [M, F], s of gate and up side by side, s of down) in `dtype`; all but y empty where they
     are not kept."""
-    gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    parts = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
     kept = training and not recompute
-    g, u, s, h = _gated(cast(x, dtype), gate_layer, up_layer, activation, backend, kept)
-    y, s_down = down_layer.forward(h)
+    g, u, s, h = _Gate(cast(x, dtype), parts, activation, backend).forward(kept)
+    y, s_down = parts[2].forward(h)
     return y, *(t if kept else t.new_empty(0) for t in (g, u, s, s_down))
 
 
-def _gated(
-    x: Tensor, gate: Layer, up: Layer, activation: str, backend: Backend, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(g, u, s, h); without `keep` nobody reads g and u again."""
-    glu = GLU.choose(backend, x.device, x.dtype)
-    if gate.lora is not None and up.lora is not None:
-        return routes.forward_gated(x, [gate.bias, up.bias], [gate.lora, up.lora], activation, glu, keep)
-    (g, u), s = forward_together(x, (gate, up))
-    return g, u, s, implementation(glu).glu(g, u, activation, out=None if keep else g)
+class _Gate:
+    """From x [M, K] in the dtype of the products to h, and from dy back to dg and du."""
+
+    def __init__(self, x: Tensor, parts: Sequence[Layer], activation: str, backend: Backend) -> None:
+        self.x, self.activation = x, activation
+        self.gate, self.up, self.down = parts
+        self.choice = GLU.choose(backend, x.device, x.dtype)
+        self.run = implementation(self.choice)
+        gate, up, down = (part.lora for part in parts)
+        self.both = None if gate is None or up is None else (gate, up)
+        # Asked again in the backward: x, and with it the answer, is the same there.
+        self.keeps_base = (
+            self.both is not None and down is not None and routes.keeps_base(x, *self.both, down, self.choice)
+        )
+
+    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(g, u, s, h); without `keep` nobody reads g and u again."""
+        if self.both is not None:
+            kept: routes.Keep = "nothing" if not keep else "base" if self.keeps_base else "outputs"
+            bias = [self.gate.bias, self.up.bias]
+            return routes.forward_gated(self.x, bias, self.both, self.activation, self.choice, kept)
+        (g, u), s = forward_together(self.x, (self.gate, self.up))
+        return g, u, s, self.run.glu(g, u, self.activation, out=None if keep else g)
+
+    def backward(
+        self, dy: Tensor, g: Tensor, u: Tensor, s: Tensor, s_down: Tensor, h: Tensor | None, needs: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
+        needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
+        out = None if h is None else g
+        if self.keeps_base:
+            dg, du, dA, dB = routes.backward_gated(
+                dy, g, u, s, s_down, self.both, self.down.lora, self.activation, self.choice,
+                (needs_dh, needs_dA, needs_dB), out,
+            )  # fmt: skip
+            return dg, du, [dA, dB, self.down.dbias(dy, needs_dbias)]
+        lacks_h = needs_dA and h is None
+        dg = du = dA = None
+        dh, ds, dB = self.down.backward_to_x(dy, s_down, [needs_dh, needs_dA, needs_dB])
+        if dh is not None:
+            dg, du, again = self.run.glu_backward_(dh, g, u, self.activation, needs_h=lacks_h, out=out)
+            h = again if lacks_h else h
+        elif lacks_h:
+            h = self.run.glu(g, u, self.activation)
+        if h is not None and ds is not None and needs_dA and self.down.lora is not None:
+            dA = routes.backward_from_x(h, ds, self.down.lora)
+        return dg, du, [dA, dB, self.down.dbias(dy, needs_dbias)]
 
 
 def _backward_fake(
@@ -135,49 +175,21 @@ def _backward(
     can be run again.
     """
     z = cast(x, dy.dtype)
-    gate_layer, up_layer, down_layer = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    parts = layers((gate, up, down), fmts, scales, ps, trained, backend, route)
+    middle = _Gate(z, parts, activation, backend)
     s_x, s_down = s
     h: Tensor | None = None
     if recompute:
-        g, u, s_x, h = _gated(z, gate_layer, up_layer, activation, backend, keep=True)
-        s_down = down_layer.down_again(h)
+        g, u, s_x, h = middle.forward(keep=True)
+        s_down = parts[2].down_again(h)
     dx: Tensor | None = None
     nothing: list[Tensor | None] = [None] * GRADIENTS
     of_gate, of_up = nothing, nothing
-    dg, du, of_down = _through_down(dy, g, u, h, s_down, down_layer, activation, needs, backend)
+    dg, du, of_down = middle.backward(dy, g, u, s_x, s_down, h, needs)
     if dg is not None and du is not None:
-        both = gate_layer, up_layer
-        dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, both, needs[0], (needs[1:4], needs[4:7]))
+        dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, parts[:2], needs[0], (needs[1:4], needs[4:7]))
     grads = [None if dx is None else cast(dx, x.dtype), *of_gate, *of_up, *of_down]
     return [x.new_empty(0) if grad is None else grad for grad in grads]
-
-
-def _through_down(
-    dy: Tensor,
-    g: Tensor,
-    u: Tensor,
-    h: Tensor | None,
-    s: Tensor,
-    down: Layer,
-    activation: str,
-    needs: list[bool],
-    backend: Backend,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
-    run = implementation(GLU.choose(backend, g.device, g.dtype))
-    needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
-    lacks_h = needs_dA and h is None
-    dg = du = dA = None
-    dh, ds, dB = down.backward_to_x(dy, s, [needs_dh, needs_dA, needs_dB])
-    if dh is not None:
-        own_g = None if h is None else g
-        dg, du, again = run.glu_backward_(dh, g, u, activation, needs_h=lacks_h, out=own_g)
-        h = again if lacks_h else h
-    elif lacks_h:
-        h = run.glu(g, u, activation)
-    if h is not None and ds is not None and needs_dA and down.lora is not None:
-        dA = routes.backward_from_x(h, ds, down.lora)
-    return dg, du, [dA, dB, down.dbias(dy, needs_dbias)]
 
 
 class _LoraMLP(torch.autograd.Function):

@@ -14,7 +14,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,20 +129,67 @@ def forward_group(x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora]
     return y, s
 
 
+Keep = Literal["nothing", "outputs", "base"]  # what becomes of g and u: base, without LoRA's part, where keeps_base
+
+
+def keeps_base(x: Tensor, gate: Lora, up: Lora, down: Lora, glu: Choice) -> bool:
+    """Whether the gate of the MLP goes in one pass each way (kernels/lora_glu.py), for x [M, K]: then g and u stay what
+    the base layers gave, and the backward, which asks this too, adds LoRA's parts to them again."""
+    if glu.backend != "triton" or not table.is_split(down.call(x), down.backend, down.route, backward=True):
+        return False
+    if not all(table.is_split(one.call(x), one.backend, one.route) for one in (gate, up)):
+        return False
+    from peft_fast.kernels import lora_glu
+
+    ranks = [one.A.shape[0] for one in (gate, up, down)]
+    return lora_glu.why_not(x.dtype, gate.weight.shape[0], ranks) is None
+
+
 def forward_gated(
-    x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora], activation: str, glu: Choice, keep: bool
+    x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora], activation: str, glu: Choice, keep: Keep
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(g, u, s, h = act(g) * u) for the two layers of a gated MLP, g = gate(x) and u = up(x); without `keep` nobody
-    reads g, u and s again. `glu`: who computes h, where not the kernel that adds LoRA's part to g and u."""
+    """(g, u, s, h = act(g) * u) for the two layers of a gated MLP, g = gate(x) and u = up(x); with "nothing" kept
+    nobody reads g, u and s again. `glu`: who computes h, where not the kernel that adds LoRA's part to g and u."""
     choices = [table.linear(one.call(x), one.backend, one.route) for one in lora]
     if _differ(choices) or choices[0].route not in ("split", REFERENCE) or choices[0].backend != glu.backend:
+        assert keep != "base"
         (g, u), s = forward_group(x, bias, lora)
-        return g, u, s, implementation(glu).glu(g, u, activation, out=None if keep else g)
+        return g, u, s, implementation(glu).glu(g, u, activation, out=None if keep == "outputs" else g)
     run = implementation(choices[0])
     s = _down(run, x, lora)
     g, u = (product(x, one.weight, b, one.backend) for b, one in zip(bias, lora))
-    h = run.lora_up_glu(g, u, s, [one.B for one in lora], [one.scale for one in lora], activation, keep)
+    B, scale, out = [one.B for one in lora], [one.scale for one in lora], g if keep == "nothing" else None
+    h = run.lora_up_glu(g, u, s, B, scale, activation, update=keep == "outputs", out=out)
     return g, u, s, h
+
+
+def backward_gated(
+    dy: Tensor,
+    g: Tensor,
+    u: Tensor,
+    s: Tensor,
+    s_down: Tensor,
+    lora: Sequence[Lora],
+    down: Lora,
+    activation: str,
+    glu: Choice,
+    needs: tuple[bool, bool, bool],
+    out: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dg, du, dA, dB) of dy [M, N] through down and the gate, where `keeps_base`; `needs` = (dg and du, dA and dB of
+    down). dg may lie over g, as `out`."""
+    run, (needs_dh, needs_dA, needs_dB) = implementation(glu), needs
+    ds, dB = _up(run, dy, s_down, down, needs_dA or needs_dh, needs_dB)
+    B, scale = [one.B for one in lora], [one.scale for one in lora]
+    if not needs_dh:
+        dA = None
+        if needs_dA:
+            h = run.lora_up_glu(g, u, s, B, scale, activation, update=False)
+            dA = run.lora_down_backward(ds, h, down.A, down.p, down.key)
+        return None, None, dA, dB
+    dh = product_dx(dy, down.weight, down.backend)
+    adapter = ds, down.A, down.p, down.key
+    return *run.lora_glu_backward_(dh, g, u, s, B, scale, *adapter, activation, needs_dA, out), dB
 
 
 def _down(run, x: Tensor, lora: Sequence[Lora]) -> Tensor:

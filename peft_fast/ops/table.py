@@ -226,11 +226,24 @@ def _why_not_merge(call: Call) -> str | None:
 
 def linear_backward(call: Call, backend: Backend, route: Route = "auto") -> Choice:
     """The route of lora_linear's backward, for the same call as the forward's."""
-    forward = linear(call, backend, route)
+    return _backward_of(linear(call, backend, route), call, backend, route)
+
+
+def _backward_of(forward: Choice, call: Call, backend: Backend, route: Route) -> Choice:
     if route != "auto" or forward.route in (REFERENCE, "merge") or not call.fmt:
         return forward
     base = product_dx(call, backend)
     return Choice("lora_linear", "fused" if base.route == "fused" else "split", base.because, "triton")
+
+
+def is_split(call: Call, backend: Backend, route: Route, *, backward: bool = False) -> bool:
+    """Whether lora_linear goes route split on Triton: for who asks in the forward, asks again in the backward, and has
+    to get the same answer. So bitsandbytes, which may be imported in between, is left out of it: what is split without
+    it is split with it."""
+    choice = _linear(call, backend, route, loaded=False)
+    if backward:
+        choice = _backward_of(choice, call, backend, route)
+    return (choice.route, choice.backend) == ("split", "triton")
 
 
 def _why_not_route(route: Route, call: Call, can: Choice) -> str | None:

@@ -168,7 +168,7 @@ def _launched_by_gated(
         for needs_dA in (True, False) if keep != "nothing" else ():
             if keep == "base":
                 needs = True, needs_dA, True
-                routes.backward_gated(x, g, u, s, s_down, both, down, activation, choice, needs, None)
+                routes.backward_gated(x, g, u, s, s_down, *both, down, activation, choice, needs, None)
             else:
                 implementation(choice).glu_backward_(h, g, u, activation, needs_h=needs_dA)
     return tuple(launches)

@@ -14,6 +14,7 @@ Axes: M tokens, K in features, N out features, R rank. x is [M, K], W is [N, K],
 
     h  = act(g) * u                                          glu
     dg = dh * u * act'(g)      du = dh * act(g)              glu_backward_        du over dh
+    both of what LoRA makes of g, u and dh                   lora_up_glu, lora_glu_backward_
 
 Products are taken in x's dtype, so fp32 A and B under a 16-bit x are rounded as autocast would round them, and x is
 never copied to fp32; dA and dB come back in the dtype of A and B. In fp64 this file is the truth that tests compare to.

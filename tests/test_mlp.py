@@ -291,8 +291,10 @@ def test_the_gate_in_one_launch(base, p, recompute, device, monkeypatch):
         monkeypatch.setattr(bitsandbytes_kernels, "is_loaded", lambda: True)
         for _ in range(2):
             grads = torch.autograd.grad(y, [leaves[name] for name in needs], case.d_y, retain_graph=True)
-            assert all(torch.equal(grad, everything[name]) for name, grad in zip(needs, grads))
-    assert found == ["in one"] * 8  # not for down's alone
+            for name, grad in zip(needs, grads):  # down's alone take another way: dA's rows are added in another order
+                tolerance = dict(rtol=1e-3, atol=1e-3) if needs[0].startswith("down") else dict(rtol=0, atol=0)
+                torch.testing.assert_close(grad, everything[name], **tolerance)
+    assert found == ["in one"] * 8
 
 
 @pytest.mark.kernel

@@ -6,7 +6,7 @@ plain torch. Layers call these and never ask about devices.
     lora_group      group.py         the same for layers that share x: their adapters read it once
     lora_linear_multi   multi.py    for a batch whose rows belong to different adapters: kernels/lora_multi.py
     lora_experts    experts.py       for the experts of a mixture, rows sorted by expert: kernels/lora_experts.py
-    lora_mlp        mlp.py           three of these and kernels/glu.py
+    lora_mlp        mlp.py           three of these and the gate between: kernels/lora_glu.py, glu.py
     glu             glu.py           the middle of a gated MLP alone: kernels/glu.py or reference.py
     quant_matmul    quant.py         the same without an adapter
     dequantize      quant.py         kernels/dequantize.py, quant/blockwise.py or bitsandbytes

@@ -96,19 +96,21 @@ class _Gate:
         self.gate, self.up, self.down = parts
         self.choice = GLU.choose(backend, x.device, x.dtype)
         self.run = implementation(self.choice)
-        gate, up, down = (part.lora for part in parts)
-        self.both = None if gate is None or up is None else (gate, up)
-        # Asked again in the backward: x, and with it the answer, is the same there.
-        self.keeps_base = (
-            self.both is not None and down is not None and routes.keeps_base(x, *self.both, down, self.choice)
-        )
+
+    def in_one(self) -> tuple[routes.Lora, routes.Lora, routes.Lora] | None:
+        """The adapters where the gate goes in one launch each way: the same in the backward as in the forward."""
+        gate, up, down = self.gate.lora, self.up.lora, self.down.lora
+        if gate is None or up is None or down is None or not routes.keeps_base(self.x, gate, up, down, self.choice):
+            return None
+        return gate, up, down
 
     def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(g, u, s, h); without `keep` nobody reads g and u again."""
-        if self.both is not None:
-            kept: routes.Keep = "nothing" if not keep else "base" if self.keeps_base else "outputs"
+        gate, up = self.gate.lora, self.up.lora
+        if gate is not None and up is not None:
+            kept: routes.Keep = "nothing" if not keep else "base" if self.in_one() else "outputs"
             bias = [self.gate.bias, self.up.bias]
-            return routes.forward_gated(self.x, bias, self.both, self.activation, self.choice, kept)
+            return routes.forward_gated(self.x, bias, [gate, up], self.activation, self.choice, kept)
         (g, u), s = forward_together(self.x, (self.gate, self.up))
         return g, u, s, self.run.glu(g, u, self.activation, out=None if keep else g)
 
@@ -118,11 +120,11 @@ class _Gate:
         """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
         needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
         out = None if h is None else g
-        if self.keeps_base:
+        if (adapters := self.in_one()) is not None:
+            needed = needs_dh, needs_dA, needs_dB
             dg, du, dA, dB = routes.backward_gated(
-                dy, g, u, s, s_down, self.both, self.down.lora, self.activation, self.choice,
-                (needs_dh, needs_dA, needs_dB), out,
-            )  # fmt: skip
+                dy, g, u, s, s_down, *adapters, self.activation, self.choice, needed, out
+            )
             return dg, du, [dA, dB, self.down.dbias(dy, needs_dbias)]
         lacks_h = needs_dA and h is None
         dg = du = dA = None

@@ -169,7 +169,8 @@ def backward_gated(
     u: Tensor,
     s: Tensor,
     s_down: Tensor,
-    lora: Sequence[Lora],
+    gate: Lora,
+    up: Lora,
     down: Lora,
     activation: str,
     glu: Choice,
@@ -180,7 +181,7 @@ def backward_gated(
     down). dg may lie over g, as `out`."""
     run, (needs_dh, needs_dA, needs_dB) = implementation(glu), needs
     ds, dB = _up(run, dy, s_down, down, needs_dA or needs_dh, needs_dB)
-    B, scale = [one.B for one in lora], [one.scale for one in lora]
+    B, scale = (gate.B, up.B), (gate.scale, up.scale)
     if not needs_dh:
         dA = None
         if needs_dA:

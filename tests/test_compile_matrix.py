@@ -33,10 +33,11 @@ def test_a_part_of_the_matrix_for_the_commonest_card():
 
 
 @pytest.mark.slow
-def test_a_card_of_each_generation():
+def test_the_whole_matrix_for_three_targets():
     """Within the budgets on any version of Triton; on those that the CSVs have rows of, not one number has changed.
-    Half of the targets: all seven take two cores 48 minutes, by `make compile ARGS=--diff`."""
-    targets = (75, 80, 90, 120)
+    These three are the most unlike: no tensor cores, warp-group products, the least shared memory. All seven take two
+    cores an hour, by `make compile ARGS=--diff`."""
+    targets = (75, 90, 120)
     changes = matrix.difference(measured(quick=False, targets=targets), targets)
     if changes is not None:
         assert changes == []

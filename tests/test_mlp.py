@@ -199,9 +199,9 @@ def opcheck_all(case: MlpCase, backend: str, kinds: list[tuple[bool, bool]] = KI
     scales, ps = ([getattr(p, part) for p in case.projections.values()] for part in ("scale", "dropout_p"))
     given = (*tensors, fmts, scales, ps, case.activation)
     F, none = tensors[0][4].shape[0] if not fmts[0] else 48, case.x.new_empty(0)
-    g, u = torch.randn(2, case.x.shape[0], F)
+    g, u = torch.randn(2, case.x.shape[0], F, dtype=case.x.dtype)
     of_gate, of_up, of_down = (0 if t[0] is None else t[0].shape[0] for t in tensors)
-    s = [torch.randn(case.x.shape[0], R) for R in (of_gate + of_up, of_down)]
+    s = [torch.randn(case.x.shape[0], R, dtype=case.x.dtype) for R in (of_gate + of_up, of_down)]
     lib = torch.ops.peft_fast
     for training, recompute in kinds:
         torch.library.opcheck(
@@ -326,3 +326,4 @@ def test_opcheck_of_the_triton_route(device):
     if device == "cpu":
         opcheck_all(make_case(8, 32, 48, (4, 0, 4), FP32, FP32, "dense", 0.1), "triton", [(True, False)])
         opcheck_all(make_case(8, 32, 48, (4, 4, 4), FP32, FP32, "nf4", 0.0), "triton", [(True, True), (False, False)])
+        opcheck_all(make_case(8, 32, 48, (4, 4, 4), FP16, FP32, "dense", 0.1), "triton", [(True, False), (True, True)])

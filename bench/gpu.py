@@ -19,7 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,21 +134,35 @@ def run_stage(command: tuple[str, ...], seconds: float, log: Path, rehearse: boo
         environment["TRITON_INTERPRET"] = "1"
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with log.open("w") as file:
+    with log.open("w") as file, _heard(signal.SIGINT):
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # pytest says then which tests have failed so far
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            return "timed out", time.perf_counter() - start
-        finally:
-            _end(process)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest says then which tests have failed so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return "timed out", time.perf_counter() - start
+    finally:
+        _end(process)
     return ("done" if code == 0 else "failed"), time.perf_counter() - start
+
+
+@contextmanager
+def _heard(number: signal.Signals) -> Iterator[None]:
+    """What is started within hears this signal, even where we ignore it: that is inherited, and `make gpu &` in a
+    script ignores SIGINT."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -26,7 +26,7 @@ from peft_fast.quant import blockwise, int8
 from peft_fast.quant.weight import QuantizedWeight
 
 META = torch.device("meta")
-MEMOS = (dispatch._choose, table._dequantization, table._product, table.product_dx, table._linear)
+MEMOS = (dispatch._choose, table._dequantization, table._product, table._product_dx, table._linear)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENS = (1, 2, 4, 8, 9, 32, 64, 256, 512)  # one of every class of configs.py and on both sides of the table's limits
 

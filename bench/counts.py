@@ -115,7 +115,7 @@ def _of_gemm_4bit(y: Tensor, given: dict[str, Any]) -> Iterator[tuple[str, int]]
 @contextmanager
 def as_on_a_gpu() -> Iterator[list[launches.Launch]]:
     """Within, Triton routes are taken on the CPU and their launches recorded instead of carried out."""
-    memos = (dispatch._choose, table._dequantization, table._product, table.product_dx, table._linear)
+    memos = (dispatch._choose, table._dequantization, table._product, table._product_dx, table._linear)
     original = dispatch.cannot_run_triton, table.cannot_run_triton
     dispatch.cannot_run_triton = table.cannot_run_triton = lambda *args, **kwargs: None
     for memo in memos:

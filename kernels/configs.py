@@ -265,6 +265,13 @@ def split(kind: str, length: int, block: int, tiles: int) -> tuple[int, int]:
     return max(1, cdiv(steps, per_split)), per_split
 
 
+def split_rows(M: int, block: int, columns: int) -> tuple[int, int]:
+    """(splits, rows per split) of a sum over M rows in steps of `block`, for each of `columns` tiles of the output."""
+    steps = cdiv(M, block)
+    rows = cdiv(steps, min(steps, cdiv(PROGRAMS["lora_backward"], columns))) * block
+    return cdiv(M, rows), rows
+
+
 def split_lora_down(M: int, K: int, block: int, tiles: int) -> tuple[int, int]:
     """As `split`, for lora_down's K. Only where few programs would each walk through all of K one after another: up to
     128 tokens. With more the second stage costs a launch and gains little."""

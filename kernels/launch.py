@@ -4,15 +4,34 @@ A launcher's grid, tiles and numbers follow from sizes, strides and dtypes alone
 them, behind `planned`, and the tensors come with each call. Triton's own way from a call to the driver looks at every
 argument and makes a key of them all: 10.5 us for 32 of them, 20 us within a model, where little is in the cache. A Plan
 knows what Triton compiled for it, and goes there directly (one thread of an EPYC, Triton 3.7).
+
+So what Triton asks about in every call, a Plan asks about once: after a change of triton.knobs or of a kernel's hooks
+(a profiler that instruments kernels) call `forget_plans`. Hooks of launches are called in every one.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-planned = functools.lru_cache(maxsize=2048)  # 512 batches of different M, with 4 shapes of layers; 1.6 KB each
+Function = TypeVar("Function", bound=Callable[..., Any])
+PLANS = 2048  # of each function: 512 batches of different M, with 4 shapes of layers. 1.6 KB each, so 3.3 MB at most
+_planned: list[Any] = []
+
+
+def planned(function: Function) -> Function:
+    """Plans that `function` has made for the same arguments are kept."""
+    cached: Any = functools.lru_cache(maxsize=PLANS)(function)
+    _planned.append(cached)
+    return cached
+
+
+def forget_plans() -> None:
+    """Triton is asked anew about every launch."""
+    for function in _planned:
+        function.cache_clear()
 
 
 class Plan:
@@ -29,7 +48,7 @@ class Plan:
         self._arguments: tuple = ()  # the values of `constants` that are arguments, in the kernel's order
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current GPU, which must be the tensors'. None is for those that these constants do not need."""
+        """Launch on the current GPU, which must be the tensors'. None is for tensors that this launch has none of."""
         address = 0
         key: list[torch.dtype | None] = []
         for tensor in tensors:
@@ -45,9 +64,11 @@ class Plan:
         compiled = self._compiled.get(known)
         if compiled is not None:
             compiled[self.grid](*tensors, *self.numbers, *self._arguments)
-        elif (compiled := self.by_triton(*tensors)) is not None:  # None in the interpreter
-            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-            self._arguments = tuple([self.constants[name] for name in names])
+            return
+        compiled = self.by_triton(*tensors)
+        if hasattr(type(compiled), "__getitem__"):  # in the interpreter it is None, in AsyncCompileMode not there yet
+            rest = self.kernel.params[len(tensors) + len(self.numbers) :]
+            self._arguments = tuple([self.constants[parameter.name] for parameter in rest])
             self._compiled[known] = compiled
 
     def by_triton(self, *tensors: Tensor | None) -> Any:

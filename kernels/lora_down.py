@@ -241,10 +241,8 @@ def _backward_plan(
 ) -> _Backward:  # fmt: skip
     """distances: of the rows of ds, x, dx and of each A. narrows: an A is wider than x."""
     config = configs.lora_down_backward(capability, max(ranks), itemsize, len(ranks), aligned, needs_dx, narrows)
-    columns, steps = cdiv(K, config["BLOCK_K"]), cdiv(M, config["BLOCK_M"])
-    splits = min(steps, cdiv(configs.PROGRAMS["lora_backward"], columns))
-    rows_per_split = cdiv(steps, splits) * config["BLOCK_M"]
-    splits, rank_tiles = cdiv(M, rows_per_split), cdiv(max(ranks), config["BLOCK_R"])
+    columns, rank_tiles = cdiv(K, config["BLOCK_K"]), cdiv(max(ranks), config["BLOCK_R"])
+    splits, rows_per_split = configs.split_rows(M, config["BLOCK_M"], columns)
     of_ds, of_x, of_dx, *of_A = distances
     numbers = (M, K, *thrice(ranks, 0), rows_per_split, *_dropout(p), of_ds, of_x, *thrice(of_A, of_A[0]))
     passes = [(needs_dA, needs_dx)] if rank_tiles == 1 else [(needs_dA, False), (False, needs_dx)]

@@ -11,8 +11,9 @@ dh before it uses it. At 4096 tokens of a Llama-3-8B MLP (F = 14336, 16 bits) th
 and u written, and the backward 470 MB less than lora_down_backward for dh, glu_backward_ with h, and lora_down_backward
 for dA, in two launches less.
 
-g, u and h are rounded as by the one-by-one kernels, dh is not. fp32 accumulation; dA is summed in two stages, in fixed
-order, no atomics. Masks: lora_down.py. Activations: glu.py. The same in plain torch: reference.py.
+g, u and h are rounded as by the one-by-one kernels; dh is not, except where they are taken for what the kernel does not
+cover. fp32 accumulation; dA is summed in two stages, in fixed order, no atomics. Masks: lora_down.py. Activations:
+glu.py. The same in plain torch: reference.py.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from . import configs, dropout, glu, lora_down
 from .glu import activation_and_slope
 from .launch import Plan, planned
-from .lora_up_add import lora_up_add_group_
+from .lora_up_add import lora_up_add_group_, up_tile
 from .reduce import sum_partials_of
 from .tiles import cdiv, dropout_mask, in_one_launch, input_precision, layout, rows
 
@@ -36,13 +37,8 @@ def _with_lora(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of y + scale * s @ B.T, in y's dtype"""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
-        s = tl.load(s_ptr + m * stride_s_m + r, mask=(m < M) & (r < R), other=0.0)
-        b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=(n[:, None] < F) & (r < R), other=0.0)
-        acc = tl.dot(s, tl.trans(b.to(s.dtype)), acc, input_precision=PRECISION)
-    y = tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32) + acc * tl.cast(scale, tl.float32)
+    acc = up_tile(s_ptr, b_ptr, scale, m, n, M, F, R, stride_s_m, stride_b_n, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
+    y = tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32) + acc
     return y.to(y_ptrs.dtype.element_ty)
 
 
@@ -104,6 +100,7 @@ def lora_up_glu(
     """
     assert g.stride(1) == u.stride(1) == 1
     assert out is None or out.stride(1) == 1
+    assert not update or out is None or out.data_ptr() != g.data_ptr()
     s, B, (M, F), ranks = rows(s), [rows(b) for b in B], g.shape, tuple([b.shape[1] for b in B])
     h = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     if not h.numel():
@@ -181,10 +178,8 @@ def _backward_plan(
 ) -> tuple[int, Plan]:  # fmt: skip
     """(splits of M, the launch). distances: of the rows of dh, g, u, s, B_g, B_u, ds, A, dg."""
     config = configs.lora_glu_backward(max(ranks))
-    columns, steps = cdiv(F, config["BLOCK_F"]), cdiv(M, config["BLOCK_M"])
-    splits = min(steps, cdiv(configs.PROGRAMS["lora_backward"], columns))
-    rows_per_split = cdiv(steps, splits) * config["BLOCK_M"]
-    splits = cdiv(M, rows_per_split)
+    columns = cdiv(F, config["BLOCK_F"])
+    splits, rows_per_split = configs.split_rows(M, config["BLOCK_M"], columns)
     numbers = (*scale, M, F, *ranks, rows_per_split, dropout.threshold(p), dropout.correction(p), *distances)
     return splits, Plan(
         _lora_glu_bwd_kernel, (columns, splits), numbers,
@@ -227,8 +222,22 @@ def lora_glu_backward_(
     return dg, dh, partial[0] if splits == 1 else sum_partials_of(partial, [A])[0]
 
 
-def _backward_in_three(dh, g, u, s, B, scale, ds, A, p, key, activation, needs_dA, out):
-    """For what the kernel does not take"""
+def _backward_in_three(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    s: Tensor,
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    ds: Tensor,
+    A: Tensor,
+    p: float,
+    key: Tensor | None,
+    activation: str,
+    needs_dA: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lora_glu_backward_ of what its kernel does not take. dh is written over twice, and rounded in between."""
     lora_down.lora_down_backward(ds, dh, A, p, key, dh, needs_dA=False)
     g, u = g.clone(), u.clone()
     lora_up_add_group_([g, u], s, B, scale, [None, None])

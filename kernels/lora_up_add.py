@@ -32,6 +32,21 @@ SLAB = 8192  # rows of dy per launch of the backward: bounds what is left in ds,
 
 
 @triton.jit
+def up_tile(
+    s_ptr, b_ptr, scale, m, n, M, N, R, stride_s_m, stride_b_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * s @ B.T in fp32: rows m [BLOCK_M, 1], columns n [BLOCK_N]"""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
+        s = tl.load(s_ptr + m * stride_s_m + r, mask=(m < M) & (r < R), other=0.0)
+        b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=(n[:, None] < N) & (r < R), other=0.0)
+        acc = tl.dot(s, tl.trans(b.to(s.dtype)), acc, input_precision=PRECISION)
+    return acc * tl.cast(scale, tl.float32)
+
+
+@triton.jit
 def _add_up(
     y_ptr, s_ptr, b_ptr, bias_ptr, scale, M, N, R, stride_y_m, stride_s_m, stride_b_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -39,13 +54,7 @@ def _add_up(
     """A tile of y += bias + scale * s @ B.T; nothing beyond N"""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for r0 in range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)[None, :]  # [1, BLOCK_R]
-        s = tl.load(s_ptr + m * stride_s_m + r, mask=(m < M) & (r < R), other=0.0)
-        b = tl.load(b_ptr + n[:, None] * stride_b_n + r, mask=(n[:, None] < N) & (r < R), other=0.0)
-        acc = tl.dot(s, tl.trans(b.to(s.dtype)), acc, input_precision=PRECISION)
-    acc *= tl.cast(scale, tl.float32)
+    acc = up_tile(s_ptr, b_ptr, scale, m, n, M, N, R, stride_s_m, stride_b_n, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = (m < M) & (n[None, :] < N)
@@ -233,10 +242,10 @@ def _first_stage_plan(
 ) -> _FirstStage:  # fmt: skip
     """distances: of the rows of s, of ds where it is needed, of each B, of each dy. aligned: the dy."""
     config, count = configs.lora_up_backward(max(ranks), itemsize, aligned), len(ranks)
-    columns, steps = tuple([cdiv(N, config["BLOCK_N"]) for N in widths]), cdiv(M, config["BLOCK_M"])
-    splits = min(steps, cdiv(configs.PROGRAMS["lora_backward"], sum(columns))) if needs_dB else steps
-    rows_per_split = cdiv(steps, splits) * config["BLOCK_M"]
-    splits, rank_tiles = cdiv(M, rows_per_split), cdiv(max(ranks), config["BLOCK_R"])
+    columns, rank_tiles = tuple([cdiv(N, config["BLOCK_N"]) for N in widths]), cdiv(max(ranks), config["BLOCK_R"])
+    splits, rows_per_split = cdiv(M, config["BLOCK_M"]), config["BLOCK_M"]
+    if needs_dB:
+        splits, rows_per_split = configs.split_rows(M, config["BLOCK_M"], sum(columns))
     of_s, of_ds, of_B, of_dy = distances[0], distances[1], distances[2 : count + 2], distances[count + 2 :]
     offsets = [ranks[0], sum(ranks[:2])]
     numel = sum([N * R for N, R in zip(widths, ranks)])

@@ -21,7 +21,7 @@ from peft_fast.kernels import (
     reduce,
     scale_columns,
 )
-from peft_fast.kernels.launch import Plan
+from peft_fast.kernels.launch import Plan, forget_plans
 from peft_fast.kernels.segments import Drop, of_rows
 from peft_fast.quant import blockwise, int8
 
@@ -44,7 +44,9 @@ class Notes(NoDriver):
         self.launcher_cls = self.launcher
 
     def launcher(self, source, metadata):
-        binary = metadata.name, str(source.signature), str(source.constants), str(source.attrs), metadata.num_warps
+        signature = str(source.signature), str(source.constants), str(source.attrs)
+        options = metadata.num_warps, metadata.num_stages, metadata.maxnreg, metadata.enable_fp_fusion
+        binary = metadata.name, *signature, *options
 
         def run(*args):
             grid, arguments = args[:3], args[9:]
@@ -147,13 +149,6 @@ def calls_of_triton(calls) -> int:
     with patch.object(Plan, "by_triton", autospec=True, side_effect=Plan.by_triton) as asked:
         calls()
     return asked.call_count
-
-
-def forget_plans():
-    for module in LAUNCHERS:
-        for value in vars(module).values():
-            if hasattr(value, "cache_clear") and value.__name__.endswith("_plan"):
-                value.cache_clear()
 
 
 @pytest.mark.parametrize("calls", [calls_of_one_adapter, calls_of_every_launcher])

@@ -9,10 +9,11 @@ import torch
 from peft_fast import dispatch
 from peft_fast.dispatch import REFERENCE
 from peft_fast.ops import Call, choose, table
+from peft_fast.quant import bitsandbytes_kernels
 from peft_fast.quant.weight import Format
 
 CUDA = torch.device("cuda", 0)
-MEMOS = (table._dequantization, table._product, table.product_dx, table._linear, dispatch._choose)
+MEMOS = (table._dequantization, table._product, table._product_dx, table._linear, dispatch._choose)
 
 
 @pytest.fixture
@@ -121,6 +122,19 @@ def test_bitsandbytes_may_be_loaded_later(monkeypatch):
     assert table.dequantization("auto", cpu, torch.bfloat16, fmt).backend == "torch"
     monkeypatch.undo()
     assert table.dequantization("auto", cpu, torch.bfloat16, fmt).backend == "bitsandbytes"
+
+
+def test_what_a_forward_and_its_backward_agree_on_does_not_depend_on_bitsandbytes(card, monkeypatch):
+    """It may be imported in between. A card and a size where it changes who multiplies, from fused to split."""
+    card(86)
+    c = call(300, K=512, p=0.1)
+    for loaded in (True, False):
+        monkeypatch.setattr(bitsandbytes_kernels, "is_loaded", lambda loaded=loaded: loaded)
+        assert picks(c) == ("bitsandbytes" if loaded else "fused", "split" if loaded else "fused", "fused")
+        for memo in MEMOS:
+            memo.cache_clear()
+        assert not table.is_split(c, "auto", "auto")
+        assert table.is_split(call(4096, K=512, p=0.1), "auto", "auto", backward=True)
 
 
 def test_an_amd_card_is_no_generation_of_nvidias(card, monkeypatch):

@@ -105,7 +105,7 @@ class _Gate:
         return gate, up, down
 
     def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(g, u, s, h); without `keep` nobody reads g and u again."""
+        """(g [M, F], u [M, F], s [M, R] of gate and up, h [M, F]); without `keep` nobody reads g and u again."""
         gate, up = self.gate.lora, self.up.lora
         if gate is not None and up is not None:
             kept: routes.Keep = "nothing" if not keep else "base" if self.in_one() else "outputs"
@@ -115,11 +115,20 @@ class _Gate:
         return g, u, s, self.run.glu(g, u, self.activation, out=None if keep else g)
 
     def backward(
-        self, dy: Tensor, g: Tensor, u: Tensor, s: Tensor, s_down: Tensor, h: Tensor | None, needs: list[bool]
+        self,
+        dy: Tensor,
+        g: Tensor,
+        u: Tensor,
+        s: Tensor,
+        s_down: Tensor,
+        h: Tensor | None,
+        needs: list[bool],
+        over_g: bool,
     ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-        """(dg, du, [dA, dB, dbias] of down). h is given where g and u were recomputed: then dg may lie over g."""
+        """(dg [M, F], du [M, F], [dA, dB, dbias] of down) of dy [M, N]; dg lies over g where it may. h [M, F]: if
+        somebody has it already."""
         needs_dh, (needs_dA, needs_dB, needs_dbias) = any(needs[:7]), needs[7:]
-        out = None if h is None else g
+        out = g if over_g else None
         if (adapters := self.in_one()) is not None:
             needed = needs_dh, needs_dA, needs_dB
             dg, du, dA, dB = routes.backward_gated(
@@ -184,10 +193,13 @@ def _backward(
     if recompute:
         g, u, s_x, h = middle.forward(keep=True)
         s_down = parts[2].down_again(h)
+        if middle.in_one():
+            h = None  # made again on the way: F columns less to keep meanwhile
     dx: Tensor | None = None
     nothing: list[Tensor | None] = [None] * GRADIENTS
     of_gate, of_up = nothing, nothing
-    dg, du, of_down = middle.backward(dy, g, u, s_x, s_down, h, needs)
+    dg, du, of_down = middle.backward(dy, g, u, s_x, s_down, h, needs, over_g=recompute)
+    del g, u, h  # of the recomputed ones only dg's and du's memory is needed on
     if dg is not None and du is not None:
         dx, (of_gate, of_up) = backward_together((dg, du), z, s_x, parts[:2], needs[0], (needs[1:4], needs[4:7]))
     grads = [None if dx is None else cast(dx, x.dtype), *of_gate, *of_up, *of_down]

@@ -148,8 +148,9 @@ def keeps_base(x: Tensor, gate: Lora, up: Lora, down: Lora, glu: Choice) -> bool
 def forward_gated(
     x: Tensor, bias: Sequence[Tensor | None], lora: Sequence[Lora], activation: str, glu: Choice, keep: Keep
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(g, u, s, h = act(g) * u) for the two layers of a gated MLP, g = gate(x) and u = up(x); with "nothing" kept
-    nobody reads g, u and s again. `glu`: who computes h, where not the kernel that adds LoRA's part to g and u."""
+    """(g, u, s, h = act(g) * u) for the two layers of a gated MLP, g = gate(x) and u = up(x), x [M, K]: g, u and h are
+    [M, F], s [M, R_g + R_u]. With "nothing" kept nobody reads g, u and s again. `glu`: who computes h, where not the
+    kernel that adds LoRA's part to g and u."""
     choices = [table.linear(one.call(x), one.backend, one.route) for one in lora]
     if _differ(choices) or choices[0].route not in ("split", REFERENCE) or choices[0].backend != glu.backend:
         assert keep != "base"
@@ -177,8 +178,8 @@ def backward_gated(
     needs: tuple[bool, bool, bool],
     out: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dg, du, dA, dB) of dy [M, N] through down and the gate, where `keeps_base`; `needs` = (dg and du, dA and dB of
-    down). dg may lie over g, as `out`."""
+    """(dg [M, F], du [M, F], dA [R, F], dB [N, R]) of dy [M, N] through down and the gate, where `keeps_base`; `needs`
+    = (dg and du, dA and dB of down). dg may lie over g, as `out`."""
     run, (needs_dh, needs_dA, needs_dB) = implementation(glu), needs
     ds, dB = _up(run, dy, s_down, down, needs_dA or needs_dh, needs_dB)
     B, scale = (gate.B, up.B), (gate.scale, up.scale)

@@ -143,7 +143,7 @@ def _product(call: Call, backend: Backend, loaded: bool) -> Choice:
     if call.tokens <= GEMV_M:
         if why_not_fused(call, backend) is None:
             return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {GEMV_M}", "triton")
-        return _dequantize(call, backend)
+        return _dequantize(call, backend, loaded)
     cc = generation(call.device)
     limit = _limit(call, BITSANDBYTES_M.get(cc, 0))
     if (
@@ -157,17 +157,21 @@ def _product(call: Call, backend: Backend, loaded: bool) -> Choice:
     limit = _limit(call, FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[0])
     if call.tokens <= limit and why_not_fused(call, backend) is None:
         return Choice("quant_matmul", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
-    return _dequantize(call, backend)
+    return _dequantize(call, backend, loaded)
+
+
+def product_dx(call: Call, backend: Backend) -> Choice:
+    """Who computes dy @ W for a k-bit W: "fused" or "dequantize"."""
+    return _product_dx(call, backend, bitsandbytes_kernels.is_loaded())
 
 
 @functools.lru_cache(maxsize=4096)
-def product_dx(call: Call, backend: Backend) -> Choice:
-    """Who computes dy @ W for a k-bit W: "fused" or "dequantize"."""
+def _product_dx(call: Call, backend: Backend, loaded: bool) -> Choice:
     cc = generation(call.device)
     limit = _limit(call, FUSED_M.get(_newest(FUSED_M, cc), (0, 0))[1])
     if call.tokens <= limit and why_not_fused(call, backend, dx=True) is None:
         return Choice("quant_matmul_dx", "fused", f"{call.tokens} tokens, at most {limit} on sm_{cc} (prior)", "triton")
-    return _dequantize(call, backend)
+    return _dequantize(call, backend, loaded)
 
 
 def _limit(call: Call, large: int) -> int:
@@ -177,8 +181,8 @@ def _limit(call: Call, large: int) -> int:
     return max(large, SMALL_M) if large > GEMV_M and 2 * call.K < call.N and call.N * call.K < SMALL else large
 
 
-def _dequantize(call: Call, backend: Backend) -> Choice:
-    choice = dequantization(backend, call.device, call.dtype, call.fmt)
+def _dequantize(call: Call, backend: Backend, loaded: bool) -> Choice:
+    choice = _dequantization(backend, call.device, call.dtype, call.fmt, loaded)
     return Choice("quant_matmul", "dequantize", choice.because, choice.backend)
 
 
@@ -199,7 +203,7 @@ def _linear(call: Call, backend: Backend, route: Route, loaded: bool) -> Choice:
         return Choice("lora_linear", route, "asked for", can.backend)
     if not call.fmt:
         return can
-    base = product(call, backend)
+    base = _product(call, backend, loaded)
     if can.backend == "torch":  # LoRA is; the base weight may be in other hands
         others = "" if base.backend == "torch" else f"; base product: {base.route} by {base.backend}"
         return Choice("lora_linear", can.route, can.because + others)

@@ -185,7 +185,7 @@ def _become(module: Any, cls: type) -> None:
 def set_lora_mlp(model: nn.Module, mode: str) -> None:
     """How the gated MLPs of `model` run: all those that get_peft_model recognised (`explain` lists them).
 
-    "fused"      as one op, the default: keeps gate's and up's outputs for the backward, and their input
+    "fused"      as one op, the default: keeps its input and gate's and up's outputs (or those of their base layers)
     "recompute"  as one op that keeps the input alone and computes gate and up again in the backward
     "off"        layer by layer, as without peft_fast
 

@@ -104,7 +104,7 @@ def quant_gemv(
 
 @planned
 def _plan(
-    fmt: Format, aligned: bool, M: int, R: int, distances: tuple[int, int], scale: float, has_bias: bool,
+    fmt: Format, aligned: bool, M: int, R: int, distances: tuple[int, ...], scale: float, has_bias: bool,
     config: tuple[tuple[str, int], ...],
 ) -> tuple[int, Plan]:  # fmt: skip
     """(splits of K, the launch). aligned: the weight. distances: of the rows of x and B."""

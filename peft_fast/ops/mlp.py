@@ -281,7 +281,6 @@ def lora_mlp(
     _check_shapes(x, projections)
     for name, projection in projections.items():
         check(x, name, projection, "lora_mlp")
-    autocast_dtype = product_dtype(x)
     if dtype is None and not autocasting(x.device.type):
         for name, projection in projections.items():
             if isinstance(projection.weight, Tensor) and projection.weight.dtype != x.dtype:
@@ -289,6 +288,7 @@ def lora_mlp(
                     f"x is {x.dtype} but the weight of {name} is {projection.weight.dtype}: cast one of them, give "
                     "dtype, or use torch.autocast"
                 )
+    dtype = dtype or product_dtype(x)
     packed = [projection.tensors() for projection in projections.values()]
     tensors = without_repetitions([part for part, _ in packed])
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
@@ -297,7 +297,7 @@ def lora_mlp(
         [float(projection.scale) for projection in projections.values()],
         [float(projection.dropout_p) for projection in projections.values()],
         activation,
-        dtype or autocast_dtype,
+        dtype,
         training,
         recompute,
         any(p.trained for p in projections.values()),
@@ -306,9 +306,8 @@ def lora_mlp(
         [len(part) for part, _ in packed],
     )
     if plain.is_transformed():
-        numbers = *settings[:3], activation, dtype or autocast_dtype
         given = (tensor for part, _ in packed for tensor in part)
-        y = plain.mlp(x.reshape(-1, x.shape[-1]), settings[-1], *numbers, *given)
+        y = plain.mlp(x.reshape(-1, x.shape[-1]), settings[-1], *settings[:5], *given)
         return y.view(*x.shape[:-1], y.shape[-1])
     y = apply(_LoraMLP, x.reshape(-1, x.shape[-1]), settings, norm.source_of(x), *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -96,7 +96,7 @@ def _activation_classes() -> dict[Any, str]:
 ACTIVATION_FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu"}
 
 
-class Plan(NamedTuple):
+class OneOp(NamedTuple):
     """A call of the MLP as one op."""
 
     layers: tuple[Member, ...]  # gate, up, down
@@ -219,7 +219,7 @@ def gate_of_layers(mlp: Any) -> str | None:
     return None if _why_not_mlp(mlp) else _activation(mlp)
 
 
-def plan(mlp: Any, x: Tensor | None) -> Plan | str:
+def plan(mlp: Any, x: Tensor | None) -> OneOp | str:
     """How to run x through the MLP as one op, or why not. Without x, in the dtype and on the device of the weights."""
     if reason := _why_not_mlp(mlp):
         return reason
@@ -237,7 +237,7 @@ def plan(mlp: Any, x: Tensor | None) -> Plan | str:
     backend, dtype = common_backend(layers), common_dtype(layers, x)
     if isinstance(backend, str):
         return backend
-    return dtype if isinstance(dtype, str) else Plan(tuple(layers), activation, dtype, *backend)
+    return dtype if isinstance(dtype, str) else OneOp(tuple(layers), activation, dtype, *backend)
 
 
 def _why_not_mlp(mlp: Any) -> str | None:

@@ -50,6 +50,9 @@ class NoDriver:
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads at most
 
+    def unload_module(self, module: int) -> None:
+        pass  # Triton 3.9 calls it
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 << 10}
 

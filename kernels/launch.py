@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-PLANS = 2048  # of each function: 512 batches of different M, with 4 shapes of layers. 1.6 KB each, so 3.3 MB at most
+PLANS = 2048  # of each function: 512 batches of different M, with 4 shapes of layers. 1.7 KB each, so 3.5 MB at most
 _planned: list[Any] = []
 
 
@@ -37,15 +37,15 @@ def forget_plans() -> None:
 class Plan:
     """A kernel and all that a launch takes but its tensors, which are the first of the kernel's arguments."""
 
-    __slots__ = ("_arguments", "_launches", "constants", "grid", "kernel", "numbers")
+    __slots__ = ("_arguments", "_compiled", "constants", "grid", "kernel", "numbers")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], **constants: Any) -> None:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = numbers  # the arguments between the tensors and the constants
         self.constants = constants  # and num_warps, num_stages, enable_fp_fusion
-        self._launches: dict[tuple, Any] = {}  # Triton's, of what it has compiled for this grid
-        self._arguments: tuple = ()  # all after the tensors: `numbers`, and `constants` in the kernel's order
+        self._compiled: dict[tuple, Any] = {}
+        self._arguments: tuple = ()  # the values of `constants` that are arguments, in the kernel's order
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current GPU, which must be the tensors'. None is for tensors that this launch has none of."""
@@ -61,15 +61,15 @@ class Plan:
             self.by_triton(*tensors)
             return
         known = (tensors[0].device, *key)  # type: ignore[union-attr]
-        launch = self._launches.get(known)
-        if launch is not None:
-            launch(*tensors, *self._arguments)
+        compiled = self._compiled.get(known)
+        if compiled is not None:
+            compiled[self.grid](*tensors, *self.numbers, *self._arguments)
             return
         compiled = self.by_triton(*tensors)
-        if hasattr(type(compiled), "__getitem__"):  # in the interpreter it is None, in AsyncCompileMode not there yet
+        if hasattr(type(compiled), "__getitem__"):  # None in the interpreter, at first a future in AsyncCompileMode
             rest = self.kernel.params[len(tensors) + len(self.numbers) :]
-            self._arguments = (*self.numbers, *[self.constants[parameter.name] for parameter in rest])
-            self._launches[known] = compiled[self.grid]
+            self._arguments = tuple([self.constants[parameter.name] for parameter in rest])
+            self._compiled[known] = compiled
 
     def by_triton(self, *tensors: Tensor | None) -> Any:
         """Launch the way that Triton documents, which compiles what it has not compiled yet."""

@@ -1,5 +1,6 @@
 """Plans launch what Triton itself would, with its own code for CUDA on top of a driver that only takes notes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
@@ -161,3 +162,16 @@ def test_plans_launch_what_triton_would(calls, notes):
         calls()
         calls()
     same_binaries_and_numbers(by_plan, notes.taken)
+
+
+@pytest.mark.skipif(not hasattr(triton.FutureKernel, "__getattr__"), reason="cannot be launched yet")
+def test_a_kernel_that_triton_compiles_elsewhere(notes):
+    """In AsyncCompileMode the first call gives a future, which cannot be launched again."""
+    x, A = zeros(M, 3 * K), zeros(5, 3 * K)
+    forget_plans()
+    for found in lora_down._lora_down_fwd_kernel.device_caches.values():
+        found[0].clear()
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        assert calls_of_triton(lambda: [lora_down.lora_down(x, A) for _ in range(3)]) == 2
+    binary, grid, _ = notes.taken[0]
+    assert [(other, size) for other, size, _ in notes.taken] == [(binary, grid)] * 3

@@ -20,7 +20,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench.harness import RESULTS, ROUNDS, Case, Row, append, device_name, folder_of, half_of, measure, table
+from bench.harness import (
+    FAILURES,
+    RESULTS,
+    ROUNDS,
+    Case,
+    Row,
+    append,
+    device_name,
+    folder_of,
+    half_of,
+    measure,
+    table,
+)
 from peft_fast.dispatch import interpreting, use_backend
 from peft_fast.kernels import reference
 from peft_fast.quant import bitsandbytes_kernels, blockwise, int8
@@ -108,7 +120,7 @@ def main() -> int:
             continue
         try:
             found = list(measure(case(N, K, M, kind, half_of(device), device, dx), device, options.rounds))
-        except Exception as error:  # noqa: BLE001 (a red gate, a kernel that does not compile: the others can still run)
+        except FAILURES as error:
             errors.append(f"{'dx' if dx else 'forward'} {kind}:{N}x{K} M={M}: {type(error).__name__}: {error}")
             continue
         rows += found

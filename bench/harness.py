@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 RESULTS = Path(__file__).parent / "results"
 AGAIN = " (again)"
 ROUNDS, WARM_UP = 21, 5
+# What costs its own case alone: a red gate, memory and the driver, what an op refuses, a kernel that does not compile.
+# Anything else is a mistake of the benchmark's.
+FAILURES = (AssertionError, RuntimeError, TypeError, ValueError, TritonError)
 
 
 @dataclass(frozen=True)

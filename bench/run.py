@@ -25,7 +25,20 @@ from bench import (
     bench_mixed_batch,
     bench_qlora_step,
 )
-from bench.harness import LOADED, RESULTS, ROUNDS, Case, Row, _version, append, device_name, folder_of, measure, table
+from bench.harness import (
+    FAILURES,
+    LOADED,
+    RESULTS,
+    ROUNDS,
+    Case,
+    Row,
+    _version,
+    append,
+    device_name,
+    folder_of,
+    measure,
+    table,
+)
 from bench.plot import plot, ratios
 
 MODULES = (  # the layer last: a CUDA graph that could not be captured leaves torch's generator in doubt
@@ -62,7 +75,7 @@ class Run:
                     self.left.append(f"{module.__name__} from {case.op} {case.shape} on")
                     return
                 self._case(case)
-        except Exception as error:  # noqa: BLE001 (of making a case: those of the other files can still run)
+        except FAILURES as error:  # of making a case: those of the other files can still run
             self.errors.append(f"{module.__name__}: {type(error).__name__}: {error}")
 
     def _wanted(self, module: ModuleType) -> Iterator[Case]:
@@ -74,7 +87,7 @@ class Run:
     def _case(self, case: Case) -> None:
         try:
             found = list(measure(case, self.device, self.rounds))
-        except Exception as error:  # noqa: BLE001 (a red gate, a kernel that does not compile, memory)
+        except FAILURES as error:
             self.errors.append(f"{case.op} {case.shape}: {type(error).__name__}: {error}")
             return
         self.rows += found

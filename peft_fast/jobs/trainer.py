@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,12 +161,10 @@ class JobTrainer:
             return {}
         waiting = [running for running, _ in taken]  # for their step
         try:
-            try:
+            found: Tensor | None = None
+            with self._failing_alone(waiting[0]) if len(waiting) == 1 else nullcontext():
                 found = shared.backward(logits, batch, [running.factor for running in waiting])
-            except Exception as error:  # of one job alone it is that job's, and kept in its result
-                if len(waiting) > 1:
-                    raise
-                self._fail(waiting[0], error)
+            if found is None:
                 return {}
             del logits
             norms = [one.norm().to(found.device) if one.is_due else found.new_zeros(()) for one in waiting]

@@ -18,6 +18,8 @@ from peft_fast.ops.norm import KINDS, Kind, Recipe, normalised
 from peft_fast.sharded import is_unit
 
 EPS = ("variance_epsilon", "eps")  # what the attribute is called
+# How a norm refuses a call with an input alone: it wants a gate, a kernel that is not here, another shape.
+REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 UNIT = (
     "it was given to fully_shard itself, which frees its weight before the layers that read its output go backward: "
     "shard the layer around it"
@@ -80,7 +82,7 @@ def kind_of(module: Any) -> Kind | str:
     other = f"{type(module).__name__} computes something else than ops.rms_norm"
     try:
         kind = _kind_by_trial(module)
-    except Exception as error:  # noqa: BLE001 (somebody else's code may raise anything: a norm that wants a gate, ...)
+    except REFUSALS as error:
         return f"{other}: called with an input alone it raises {type(error).__name__}: {error}"
     return kind or other
 

@@ -17,7 +17,7 @@ from peft_fast.tuners.mixed_batch import one_by_one
 
 from . import dora
 from .config import LoraConfig
-from .layer import WithConstants
+from .constants import WithConstants
 from .scales import folded
 
 

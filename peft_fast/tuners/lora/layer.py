@@ -218,19 +218,6 @@ class LoraLayer(InvokedLayer):
         return f"lora.{super().__repr__()}"
 
 
-class WithConstants(LoraLayer):
-    """Has the numbers of the base layer that torch lists as its constants, too: some models read conv.stride."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = vars(self).get("_modules", {}).get("base_layer")
-            if name in getattr(base, "__constants__", ()):
-                return getattr(base, name)
-            raise
-
-
 class Linear(multi.InMixedBatch, LoraLayer):
     """LoRA around torch.nn.Linear, transformers' Conv1D, our QuantizedLinear, and as the base class of bnb.py's layers
     bitsandbytes' Linear4bit and Linear8bitLt.

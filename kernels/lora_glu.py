@@ -210,7 +210,11 @@ def lora_glu_backward_(
     s, B, ds, A, (M, F) = rows(s), [rows(b) for b in B], rows(ds), rows(A), g.shape
     ranks = (B[0].shape[1], B[1].shape[1], A.shape[0])
     if not g.numel() or why_not(g.dtype, F, ranks) or not in_one_launch(g.element_size(), layout(dh, g, u)[1]):
-        return _backward_in_three(dh, g, u, s, B, scale, ds, A, p, key, activation, needs_dA, out)
+        lora_down.lora_down_backward(ds, dh, A, p, key, dh, needs_dA=False)  # rounds dh once more
+        g, u = g.clone(), u.clone()
+        lora_up_add_group_([g, u], s, B, scale, [None, None])
+        dg, du, h = glu.glu_backward_(dh, g, u, activation, needs_h=needs_dA, out=out)
+        return dg, du, None if h is None else lora_down.lora_down_backward(ds, h, A, p, key)
     dg = torch.empty_like(dh, memory_format=torch.contiguous_format) if out is None else out
     distances, _ = layout(dh, g, u, s, *B, ds, A, dg)
     splits, launch = _backward_plan(M, F, ranks, distances, tuple(scale), p, activation, needs_dA, input_precision())
@@ -220,29 +224,6 @@ def lora_glu_backward_(
     partial = torch.empty((splits, *A.shape), dtype=A.dtype if splits == 1 else torch.float32, device=g.device)
     launch(dh, g, u, s, *B, ds, A, dg, partial, key)
     return dg, dh, partial[0] if splits == 1 else sum_partials_of(partial, [A])[0]
-
-
-def _backward_in_three(
-    dh: Tensor,
-    g: Tensor,
-    u: Tensor,
-    s: Tensor,
-    B: Sequence[Tensor],
-    scale: Sequence[float],
-    ds: Tensor,
-    A: Tensor,
-    p: float,
-    key: Tensor | None,
-    activation: str,
-    needs_dA: bool,
-    out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lora_glu_backward_ of what its kernel does not take. dh is written over twice, and rounded in between."""
-    lora_down.lora_down_backward(ds, dh, A, p, key, dh, needs_dA=False)
-    g, u = g.clone(), u.clone()
-    lora_up_add_group_([g, u], s, B, scale, [None, None])
-    dg, du, h = glu.glu_backward_(dh, g, u, activation, needs_h=needs_dA, out=out)
-    return dg, du, None if h is None else lora_down.lora_down_backward(ds, h, A, p, key)
 
 
 def why_not(dtype: torch.dtype, F: int, ranks: Sequence[int]) -> str | None:
